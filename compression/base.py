@@ -90,7 +90,7 @@ class Compressor(ABC):
 
     @property
     def reduction(self) -> Reduction:
-        """"sum" if payloads may be added before decompression (all-reduce), else "gather"."""
+        """ "sum" if payloads may be added before decompression (all-reduce), else "gather"."""
         return "gather"
 
     # The row form: what a subclass implements.

@@ -63,7 +63,7 @@ class Identity(Compressor):
     def decompress_rows(self, parts: tuple[Tensor, ...], width: int, keys: Tensor | None = None) -> Tensor:
         """Widen the values."""
         (values,) = parts
-        return values.to(compute_dtype(values.dtype))
+        return values.to(compute_dtype(values.dtype), copy=True)
 
     def contraction(self, numel: int) -> float:
         """Exact: delta = 1."""

@@ -1,1 +1,10 @@
-"""Placeholder."""
+"""Exchanges: how the payloads of all ranks become their mean on every rank."""
+
+from gradwire.comm.exchange.all_gather import AllGather
+from gradwire.comm.exchange.all_reduce import AllReduce
+from gradwire.comm.exchange.base import Exchange
+from gradwire.comm.exchange.hierarchical import Hierarchical
+from gradwire.comm.exchange.simulated import Simulated
+from gradwire.comm.exchange.two_phase import TwoPhase
+
+__all__ = ["AllGather", "AllReduce", "Exchange", "Hierarchical", "Simulated", "TwoPhase"]

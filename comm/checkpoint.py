@@ -1,0 +1,167 @@
+"""Save and load communicators, models and optimizers with `torch.distributed.checkpoint`.
+
+Every rank's residuals are saved. At the same world size they come back bit for bit; at another one every rank starts
+from the mean over the old ranks, which is what the sum of all future steps depends on.
+"""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict import (
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+
+from gradwire.comm.averager import Averager
+from gradwire.comm.errors import CheckpointError
+
+
+def save(path: str | os.PathLike[str], **objects: Any) -> None:
+    """Write a checkpoint; every rank calls it.
+
+    Args:
+        path: Folder of the checkpoint.
+        **objects: By name: communicators, modules, optimizers (with their module as `model`), and anything that
+            `torch.distributed.checkpoint` takes (state dicts, objects with `state_dict` and `load_state_dict`).
+
+    Example:
+        >>> save(folder, communicator=communicator, model=model, optimizer=optimizer)  # doctest: +SKIP
+    """
+    dcp.save(_state(objects), checkpoint_id=os.fspath(path))
+
+
+def load(path: str | os.PathLike[str], **objects: Any) -> None:
+    """Restore the objects that `save` wrote, in place; every rank calls it.
+
+    Args:
+        path: Folder of the checkpoint.
+        **objects: As in `save`; any part of what was saved.
+
+    Raises:
+        CheckpointError: a file or entry is missing (named), or a hyper-parameter of a communicator differs from the
+            saved one (both values named).
+    """
+    path = Path(path)
+    metadata = _read_metadata(path)
+    communicators = {name: value for name, value in objects.items() if isinstance(value, Averager)}
+    others = {name: value for name, value in objects.items() if name not in communicators}
+    if others:
+        state = _state(others)
+        try:
+            dcp.load(state, checkpoint_id=os.fspath(path))
+        except Exception as error:
+            raise CheckpointError(f"load: could not read {sorted(others)} from {path}: {error}") from error
+        _restore(others, state)
+    for name, communicator in communicators.items():  # last: loading an optimizer may run its hooks
+        _load_communicator(path, name, communicator, metadata.state_dict_metadata)
+
+
+def _state(objects: Mapping[str, Any]) -> dict[str, Any]:
+    """What torch's checkpoint takes for each object; plain names of parameters, so that wrappers may change."""
+    state: dict[str, Any] = {}
+    for name, value in objects.items():
+        if isinstance(value, nn.Module):
+            state[name] = get_model_state_dict(value)
+        elif isinstance(value, torch.optim.Optimizer):
+            state[name] = get_optimizer_state_dict(_model_of(objects, name), value)
+        else:
+            state[name] = value
+    return state
+
+
+def _restore(objects: Mapping[str, Any], state: dict[str, Any]) -> None:
+    for name, value in objects.items():
+        if isinstance(value, nn.Module):
+            set_model_state_dict(value, state[name])
+        elif isinstance(value, torch.optim.Optimizer):
+            set_optimizer_state_dict(_model_of(objects, name), value, state[name])
+        elif isinstance(value, dict):
+            value.update(state[name])
+
+
+def _model_of(objects: Mapping[str, Any], name: str) -> nn.Module:
+    model = objects.get("model")
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"checkpoint: expected model=... beside the optimizer {name!r}, got {type(model).__name__}.")
+    return model
+
+
+def _read_metadata(path: Path) -> Any:
+    """Metadata of a checkpoint whose files are all there."""
+    if not (path / ".metadata").is_file():
+        raise CheckpointError(f"load: expected a finished checkpoint in {path}, found no .metadata file there.")
+    metadata = dcp.FileSystemReader(path).read_metadata()
+    files = {info.relative_path for info in (metadata.storage_data or {}).values()}
+    missing = sorted(name for name in files if not (path / name).is_file())
+    if missing:
+        raise CheckpointError(
+            f"load: expected {len(files)} files in {path}, missing {', '.join(missing)}. Every rank writes its own."
+        )
+    return metadata
+
+
+def _load_communicator(path: Path, name: str, communicator: Averager, entries: Mapping[str, Any]) -> None:
+    if f"{name}.head" not in entries:
+        raise CheckpointError(f"load: expected the state of {name!r} in {path}, found none.")
+    head_of = {name: {"head": ""}}
+    dcp.load(head_of, checkpoint_id=os.fspath(path))
+    head = communicator.check_head(head_of[name]["head"])
+    ranks = communicator.connect()
+
+    keys: dict[int, list[str]] = {rank: [] for rank in range(head["world_size"])}
+    for entry in entries:
+        if entry.startswith(f"{name}.rows.rank"):
+            rank, _, key = entry.removeprefix(f"{name}.rows.rank").partition("/")
+            keys[int(rank)].append(key)
+    lost = [rank for rank, found in keys.items() if not found and any(keys.values())]
+    if lost:
+        raise CheckpointError(f"load: expected the state of {len(keys)} ranks for {name!r}, missing rank {lost[0]}.")
+
+    if head["world_size"] == ranks.size:
+        communicator.restore(head, _read_rows(path, name, ranks.rank, keys[ranks.rank], entries))
+    else:
+        communicator.restore(head, _mean_rows(path, name, keys, entries))
+
+
+def _read_rows(path: Path, name: str, rank: int, keys: list[str], entries: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The state tensors of one saved rank."""
+    rows = {}
+    for key in keys:
+        entry = entries[f"{name}.rows.rank{rank}/{key}"]
+        assert isinstance(entry, TensorStorageMetadata)
+        rows[f"rank{rank}/{key}"] = torch.empty(entry.size, dtype=entry.properties.dtype)
+    dcp.load({name: {"rows": rows}}, checkpoint_id=os.fspath(path))
+    return {key: rows[f"rank{rank}/{key}"] for key in keys}
+
+
+def _mean_rows(path: Path, name: str, keys: dict[int, list[str]], entries: Mapping[str, Any]) -> dict[str, Tensor]:
+    """For every state tensor the mean over the ranks (and workers) that hold a row: keys `state/parameter/all`."""
+    rows: dict[str, int] = {}
+    for found in keys.values():
+        for key in found:
+            tensor, _, span = key.rpartition("/")
+            rows[tensor] = max(rows.get(tensor, 0), int(span.partition(":")[2]))
+    total: dict[str, Tensor] = {}
+    holders = {tensor: torch.zeros(count, dtype=torch.float64) for tensor, count in rows.items()}
+    dtypes: dict[str, torch.dtype] = {}
+    for rank, found in keys.items():
+        for key, value in _read_rows(path, name, rank, found, entries).items():
+            tensor, _, span = key.rpartition("/")
+            first, last = map(int, span.split(":"))
+            dtypes[tensor] = value.dtype
+            if tensor not in total:
+                total[tensor] = torch.zeros((1, rows[tensor], value.shape[2]), dtype=torch.float64)
+            total[tensor][0, first:last] += value.to(torch.float64).sum(0)
+            holders[tensor][first:last] += value.shape[0]
+    return {
+        f"{tensor}/all": (value / holders[tensor].clamp(min=1)[:, None]).to(dtypes[tensor])
+        for tensor, value in total.items()
+    }

@@ -1,0 +1,47 @@
+"""The adapter to `DistributedDataParallel`: its communication hook, with overlap."""
+
+import functools
+from typing import Any, final
+
+import torch
+from torch import Tensor
+from torch._C._distributed_c10d import GradBucket
+from torch.nn.parallel import DistributedDataParallel
+
+from gradwire.comm.averager import Averager
+from gradwire.comm.beside import Beside
+
+
+@final
+class DDPHook:
+    """Averages DDP's buckets through a communicator while backward goes on.
+
+    Works with any number of buckets and with rebuilt ones (state is keyed by parameter name), with `no_sync` (the hook
+    is not called), with unused parameters (they take part with zero) and with compiled autograd.
+    """
+
+    def __init__(self, module: DistributedDataParallel, communicator: Averager) -> None:
+        parameters = [(name, p) for name, p in module.module.named_parameters() if p.requires_grad]
+        self._names = {p: name for name, p in parameters}
+        self._communicator = communicator
+        self._arrived: set[str] = set()
+        self._beside = Beside(parameters[0][1].device)
+        communicator.prepare([name for name, _ in parameters], [p.detach() for _, p in parameters])
+        module.register_comm_hook(None, self._average_bucket)
+
+    # DDP inspects this signature: the parameter must be called `bucket` and the annotations be these objects.
+    def _average_bucket(self, state: object, bucket: GradBucket) -> torch.futures.Future[Tensor]:
+        if isinstance(bucket, tuple):  # compiled autograd: one call per parameter, the result ignored
+            return self._average_parameter(*bucket)  # type: ignore[unreachable]
+        names = [self._names[parameter] for parameter in bucket.parameters()]
+        average = functools.partial(self._communicator.average_, bucket.gradients(), names, last=bucket.is_last())
+        return self._beside.submit(average, bucket.buffer())
+
+    @torch.compiler.disable
+    def _average_parameter(self, grad: Tensor, parameter: Any) -> None:
+        name = self._names[parameter]
+        self._arrived.add(name)
+        last = len(self._arrived) == len(self._names)
+        if last:
+            self._arrived.clear()
+        self._communicator.average_([grad], [name], last=last)

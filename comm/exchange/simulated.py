@@ -1,0 +1,55 @@
+"""`Simulated`: n workers in one process."""
+
+from collections.abc import Sequence
+from typing import final
+
+from torch import Tensor
+
+from gradwire.comm.exchange.base import Bundle, Exchange, Outcome, decompress_mean
+from gradwire.compression.base import Compressor
+
+
+@final
+class Simulated(Exchange):
+    """Average n workers that live in one process, as rows of one matrix.
+
+    Gradients have a leading dimension of n workers; after averaging, every worker's slice holds the mean. The same
+    compressors, feedback and arithmetic run as with n processes, so experiments on theory need no processes at all.
+
+    Args:
+        workers: Number of simulated workers, >= 1.
+
+    Cost:
+        One batched compression and n decompressions; no communication. Counted as an all-gather would be.
+
+    State:
+        None of its own; feedback keeps n times its state.
+
+    Example:
+        >>> Simulated(3)
+        Simulated(3)
+
+    Reference:
+        None.
+    """
+
+    def __init__(self, workers: int) -> None:
+        if workers < 1:
+            raise ValueError(f"Simulated: expected workers >= 1, got workers={workers}.")
+        self.workers = workers
+
+    def __repr__(self) -> str:
+        return f"Simulated({self.workers})"
+
+    def check(self, compressor: Compressor) -> None:
+        """Any compressor will do."""
+
+    def mean(self, compressor: Compressor, bundles: Sequence[Bundle], bad: Tensor) -> Outcome:
+        """Stack the workers as ranks."""
+        means = []
+        for bundle in bundles:
+            stacked = [part.view(self.workers, -1, part.shape[1]) for part in bundle.parts]
+            shared = bundle.keys[: bundle.matrix.rows] if bundle.keys is not None else None
+            means.append(decompress_mean(compressor, stacked, bundle.matrix.width, shared))
+            self.ranks.bytes.payload += sum(part.numel() * part.element_size() for part in bundle.parts)
+        return Outcome(means, bad, [{} for _ in bundles])

@@ -1,0 +1,66 @@
+"""`EF`: classic error feedback."""
+
+from dataclasses import dataclass
+from typing import ClassVar, final
+
+from torch import Tensor
+
+from gradwire.comm.feedback.base import ErrorFeedback, Requirement, State, StateTensor
+
+
+@final
+@dataclass(frozen=True)
+class EF(ErrorFeedback):
+    """Add what was not sent to the next gradient.
+
+        p_i = g_i + decay e_i;  sent_i = C(p_i);  e_i <- p_i - sent_i;  estimate = mean_i sent_i
+
+    The residual is in gradient units. With a constant learning rate this is the published form, which keeps
+    lr * e_i; when the learning rate changes, what is sent late is applied at the new rate.
+
+    Args:
+        decay: Share of the residual that is kept, 0 < decay <= 1. 1 is the published algorithm; less forgets, which
+            limits how stale a late entry may be and gives up exact conservation.
+
+    Cost:
+        4 bytes of memory per entry; reads the gradient and the residual, writes the residual.
+
+    State:
+        `residual`, this rank's own.
+
+    Example:
+        >>> ef = EF()
+        >>> state = {"residual": torch.tensor([[0.5, 0.0]])}
+        >>> target = ef.compensate(torch.tensor([[1.0, 0.2]]), state)
+        >>> ef.update(target, torch.tensor([[1.5, 0.0]]), state)
+        {'residual': tensor([[0.0000, 0.2000]])}
+
+    Reference:
+        Seide, Fu, Droppo, Li, Yu. 1-Bit Stochastic Gradient Descent. Interspeech 2014;
+        Stich, Cordonnier, Jaggi. Sparsified SGD with Memory. NeurIPS 2018. arXiv:1809.07599, algorithm 1;
+        Karimireddy, Rebjock, Stich, Jaggi. Error Feedback Fixes SignSGD. ICML 2019. arXiv:1901.09847, algorithm 2.
+
+    Differences from the paper:
+        Gradient units, as above, and the optional decay (used by SparseLoCo).
+    """
+
+    decay: float = 1.0
+
+    state: ClassVar[tuple[StateTensor, ...]] = (StateTensor("residual"),)
+    requires: ClassVar[Requirement] = "contraction"
+
+    def __post_init__(self) -> None:
+        if not 0 < self.decay <= 1:
+            raise ValueError(f"EF: expected 0 < decay <= 1, got decay={self.decay}.")
+
+    def compensate(self, x: Tensor, state: State) -> Tensor:
+        """Gradient plus residual."""
+        return x.add(state["residual"], alpha=self.decay)
+
+    def update(self, target: Tensor, sent: Tensor, state: State) -> dict[str, Tensor]:
+        """What was not sent."""
+        return {"residual": target.sub_(sent)}
+
+    def estimate(self, mean: Tensor, state: State) -> tuple[Tensor, dict[str, Tensor]]:
+        """The mean of what was sent."""
+        return mean, {}

@@ -1,0 +1,160 @@
+"""`RowMatrix`: how the tensors of one bucket lie in one matrix of rows.
+
+Rows are ordered by owner, then by tensor. Exchanges that hand out rows as shards (two-phase, hierarchical) find every
+owner's rows side by side; all others have one owner. Who owns a row follows from the tensor's name and shape alone,
+never from the bucket, so state stays with its owner when hosts rebuild their buckets.
+"""
+
+import copy
+import dataclasses
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from torch import Tensor
+
+from gradwire.compression import counter_rng
+from gradwire.compression.base import compute_dtype
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A run of rows of one tensor, and where it lies in the matrix.
+
+    Args:
+        name: The tensor's name.
+        position: The tensor's position in the bucket.
+        first: First row within the tensor.
+        last: One past its last row within the tensor.
+        row: First row within the matrix.
+        entries: Entries of the tensor in this run; the rest of the last row is padding.
+    """
+
+    name: str
+    position: int
+    first: int
+    last: int
+    row: int
+    entries: int
+
+
+@final
+class RowMatrix:
+    """The layout of some tensors of one dtype as `[rows, width]`, in float32 or float64.
+
+    Args:
+        names: Names of the bucket's tensors.
+        shapes: Their shapes, without a leading dimension of workers.
+        members: Positions of the tensors that belong to this matrix.
+        dtype: Their common dtype.
+        width: Entries per row.
+        shards: Number of owners among whom rows are dealt, >= 1.
+        workers: Workers whose gradients this process holds; tensors have that leading dimension if it is not 1.
+        device: Where the matrix lives.
+    """
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        shapes: Sequence[torch.Size],
+        members: Sequence[int],
+        dtype: torch.dtype,
+        width: int,
+        *,
+        shards: int,
+        workers: int,
+        device: torch.device,
+    ) -> None:
+        self.dtype, self.width, self.workers, self.device = dtype, width, workers, device
+        self._members = tuple(members)
+        self.pieces: list[Piece] = []
+        self.bounds = [0]
+        for owner in range(shards):
+            row = self.bounds[-1]
+            for position in members:
+                rows = -(-shapes[position].numel() // width)
+                turn = (owner - zlib.crc32(names[position].encode())) % shards
+                first, last = turn * rows // shards, (turn + 1) * rows // shards
+                if first < last:
+                    entries = min(last * width, shapes[position].numel()) - first * width
+                    self.pieces.append(Piece(names[position], position, first, last, row, entries))
+                row += last - first
+            self.bounds.append(row)
+        self.rows = self.bounds[-1]
+        self._runs, padding = self._split_sizes()
+        self.padding = torch.tensor(padding, dtype=torch.int64, device=device)
+        self._parts: dict[tuple[int, int], RowMatrix] = {}
+        keys = [
+            counter_rng.row_keys(counter_rng.fold(p.name), p.last - p.first, device, first=p.first) for p in self.pieces
+        ]
+        self.keys = torch.cat(keys) if keys else torch.empty(0, dtype=torch.int64, device=device)
+
+    def block(self, owner: int) -> slice:
+        """The rows of one owner."""
+        return slice(self.bounds[owner], self.bounds[owner + 1])
+
+    def owners(self, first: int, last: int) -> "RowMatrix":
+        """The layout of the rows of owners first, ..., last - 1 alone; `load` and `store` are for whole matrices."""
+        if (first, last) == (0, len(self.bounds) - 1):
+            return self
+        if (first, last) not in self._parts:
+            start, stop = self.bounds[first], self.bounds[last]
+            part = copy.copy(self)
+            part.bounds = [bound - start for bound in self.bounds[first : last + 1]]
+            part.rows = stop - start
+            part.pieces = [
+                dataclasses.replace(piece, row=piece.row - start) for piece in self.pieces if start <= piece.row < stop
+            ]
+            part.keys = self.keys[start:stop]
+            inside = (self.padding >= start * self.width) & (self.padding < stop * self.width)
+            part.padding = self.padding[inside] - start * self.width
+            part._parts = {}
+            self._parts[first, last] = part
+        return self._parts[first, last]
+
+    def load(self, grads: Sequence[Tensor], factor: Tensor | float) -> Tensor:
+        """Copy gradients times `factor` into a new matrix `[workers * rows, width]` with zero padding."""
+        x = torch.empty(
+            (self.workers, self.rows * self.width), dtype=compute_dtype(self.dtype), device=self.device
+        ).index_fill_(1, self.padding, 0)
+        torch._foreach_copy_(self._views(x), self._flat(grads))
+        if not (isinstance(factor, float) and factor == 1.0):
+            x *= factor
+        return x.view(self.workers * self.rows, self.width)
+
+    def store(self, mean: Tensor, grads: Sequence[Tensor], factor: Tensor | float) -> None:
+        """Copy the mean `[rows, width]` times `factor` back into the gradients (of every worker)."""
+        if not (isinstance(factor, float) and factor == 1.0):
+            mean = mean * factor
+        views = self._views(mean.reshape(1, -1).expand(self.workers, -1))
+        flat = self._flat(grads)
+        torch._foreach_copy_(flat, views)
+        for position in self._members:  # a gradient that is not contiguous was copied by _flat
+            if not grads[position].is_contiguous():
+                runs = [run for piece, run in zip(self.pieces, flat, strict=True) if piece.position == position]
+                runs.sort(key=lambda run: run.storage_offset())
+                grads[position].copy_(torch.cat(runs, dim=1).view(grads[position].shape))
+
+    def clear_padding_(self, x: Tensor) -> Tensor:
+        """Set the padding of `x [workers * rows, width]` to zero, in place."""
+        x.view(self.workers, -1).index_fill_(1, self.padding, 0)
+        return x
+
+    def _split_sizes(self) -> tuple[list[int], list[int]]:
+        """Lengths of the alternating runs of entries and padding, and the positions of the padding."""
+        runs, padding = [], []
+        for piece in self.pieces:
+            start, size = piece.row * self.width, (piece.last - piece.first) * self.width
+            runs += [piece.entries, size - piece.entries]
+            padding += range(start + piece.entries, start + size)
+        return runs, padding
+
+    def _views(self, x: Tensor) -> list[Tensor]:
+        return list(x.split(self._runs, dim=1)[::2])
+
+    def _flat(self, grads: Sequence[Tensor]) -> list[Tensor]:
+        """The entries of every piece, `[workers, entries]`, views where the gradient is contiguous."""
+        flat = {position: grads[position].reshape(self.workers, -1) for position in self._members}
+        return [flat[piece.position].narrow(1, piece.first * self.width, piece.entries) for piece in self.pieces]

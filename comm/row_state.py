@@ -1,0 +1,88 @@
+"""`RowState`: the state tensors of one row matrix, staged until the step has succeeded."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import final
+
+import torch
+from torch import Tensor
+
+from gradwire.comm.feedback.base import StateTensor
+from gradwire.comm.row_matrix import Piece, RowMatrix
+from gradwire.compression.base import compute_dtype
+
+
+@final
+class RowState:
+    """State of feedback for the rows that a rank holds, and of the exchange for the rows that it owns.
+
+    Args:
+        held: Rows that the feedback's state belongs to.
+        feedback: The feedback's state tensors.
+        owned: Rows that the exchange's state belongs to.
+        exchange: The exchange's state tensors.
+
+    Attributes:
+        feedback, exchange: Matrices by name, `[workers * rows, width]`, or `[rows, width]` if replicated.
+    """
+
+    def __init__(
+        self,
+        held: RowMatrix,
+        feedback: Sequence[StateTensor],
+        owned: RowMatrix,
+        exchange: Sequence[StateTensor],
+    ) -> None:
+        self._held, self._owned = held, owned
+        self.feedback = {tensor.name: _zeros(held, tensor) for tensor in feedback}
+        self.exchange = {tensor.name: _zeros(owned, tensor) for tensor in exchange}
+        self._staged: list[tuple[dict[str, Tensor], Mapping[str, Tensor]]] = []
+
+    def stage(self, new: Mapping[str, Tensor]) -> None:
+        """New values of the feedback's state."""
+        self._staged.append((self.feedback, new))
+
+    def stage_exchange(self, new: Mapping[str, Tensor]) -> None:
+        """New values of the exchange's state."""
+        self._staged.append((self.exchange, new))
+
+    def commit(self, bad: Tensor) -> None:
+        """Take the staged values over unless `bad`; on an accelerator without asking the host."""
+        for current, new in self._staged:
+            for name, value in new.items():
+                value = value.to(current[name].dtype)
+                if bad.device.type != "cpu":
+                    torch.where(bad, current[name], value, out=current[name])
+                elif not bool(bad):
+                    current[name] = value
+        self._staged = []
+
+    def rows(self) -> dict[str, Tensor]:
+        """Views `[workers, rows, width]` by key `state/parameter/first:last`."""
+        return {f"{state}/{_key(piece)}": view for state, piece, view in self._pieces()}
+
+    def fill(self, known: Mapping[str, Tensor]) -> None:
+        """Copy values in from `rows` of other buckets or from a checkpoint, where they cover a piece."""
+        for state, piece, view in self._pieces():
+            value = known.get(f"{state}/{_key(piece)}")
+            if value is None:
+                value = known.get(f"{state}/{piece.name}/all")
+                value = None if value is None else value[:, piece.first : piece.last]
+            if value is not None:
+                view.copy_(value)
+
+    def _pieces(self) -> Iterator[tuple[str, Piece, Tensor]]:
+        for matrix, tensors in ((self._held, self.feedback), (self._owned, self.exchange)):
+            for state, tensor in tensors.items():
+                stacked = tensor.view(-1, matrix.rows, matrix.width) if matrix.rows else tensor[None]
+                for piece in matrix.pieces:
+                    yield state, piece, stacked[:, piece.row : piece.row + piece.last - piece.first]
+
+
+def _key(piece: Piece) -> str:
+    return f"{piece.name}/{piece.first}:{piece.last}"
+
+
+def _zeros(matrix: RowMatrix, tensor: StateTensor) -> Tensor:
+    workers = 1 if tensor.replicated else matrix.workers
+    dtype = tensor.dtype or compute_dtype(matrix.dtype)
+    return torch.zeros((workers * matrix.rows, matrix.width), dtype=dtype, device=matrix.device)

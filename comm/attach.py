@@ -89,7 +89,7 @@ def attach(
     else:
         hook = LoopHandle(parameters, communicator, overlap=overlap, bucket_bytes=int(bucket_mb * 2**20))
         if optimizer is not None:
-            optimizer.register_step_pre_hook(lambda *_: hook.wait())  # type: ignore[union-attr]
+            optimizer.register_step_pre_hook(lambda *_: hook.wait())
     if optimizer is not None and scaler is None:
         skip_non_finite(optimizer, communicator)
     return hook

@@ -19,7 +19,7 @@ class Beside:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._threads = ThreadPoolExecutor(1, "gradwire") if device.type != "cuda" else None
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
 
     def submit(self, work: Callable[[], None], result: Tensor) -> torch.futures.Future[Tensor]:
         """Start `work`; the future gives `result` when it is done, or the exception that it raised."""

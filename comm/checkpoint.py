@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
@@ -19,6 +19,8 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
+from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 from gradwire.comm.averager import Averager
 from gradwire.comm.errors import CheckpointError
@@ -35,7 +37,7 @@ def save(path: str | os.PathLike[str], **objects: Any) -> None:
     Example:
         >>> save(folder, communicator=communicator, model=model, optimizer=optimizer)  # doctest: +SKIP
     """
-    dcp.save(_state(objects), checkpoint_id=os.fspath(path))
+    dcp_save(_state(objects), checkpoint_id=os.fspath(path))
 
 
 def load(path: str | os.PathLike[str], **objects: Any) -> None:
@@ -56,7 +58,7 @@ def load(path: str | os.PathLike[str], **objects: Any) -> None:
     if others:
         state = _state(others)
         try:
-            dcp.load(state, checkpoint_id=os.fspath(path))
+            dcp_load(state, checkpoint_id=os.fspath(path))
         except Exception as error:
             raise CheckpointError(f"load: could not read {sorted(others)} from {path}: {error}") from error
         _restore(others, state)
@@ -98,7 +100,7 @@ def _read_metadata(path: Path) -> Any:
     """Metadata of a checkpoint whose files are all there."""
     if not (path / ".metadata").is_file():
         raise CheckpointError(f"load: expected a finished checkpoint in {path}, found no .metadata file there.")
-    metadata = dcp.FileSystemReader(path).read_metadata()
+    metadata = FileSystemReader(path).read_metadata()
     files = {info.relative_path for info in (metadata.storage_data or {}).values()}
     missing = sorted(name for name in files if not (path / name).is_file())
     if missing:
@@ -112,7 +114,7 @@ def _load_communicator(path: Path, name: str, communicator: Averager, entries: M
     if f"{name}.head" not in entries:
         raise CheckpointError(f"load: expected the state of {name!r} in {path}, found none.")
     head_of = {name: {"head": ""}}
-    dcp.load(head_of, checkpoint_id=os.fspath(path))
+    dcp_load(head_of, checkpoint_id=os.fspath(path))
     head = communicator.check_head(head_of[name]["head"])
     ranks = communicator.connect()
 
@@ -138,12 +140,12 @@ def _read_rows(path: Path, name: str, rank: int, keys: list[str], entries: Mappi
         entry = entries[f"{name}.rows.rank{rank}/{key}"]
         assert isinstance(entry, TensorStorageMetadata)
         rows[f"rank{rank}/{key}"] = torch.empty(entry.size, dtype=entry.properties.dtype)
-    dcp.load({name: {"rows": rows}}, checkpoint_id=os.fspath(path))
+    dcp_load({name: {"rows": rows}}, checkpoint_id=os.fspath(path))
     return {key: rows[f"rank{rank}/{key}"] for key in keys}
 
 
 def _mean_rows(path: Path, name: str, keys: dict[int, list[str]], entries: Mapping[str, Any]) -> dict[str, Tensor]:
-    """For every state tensor the mean over the ranks (and workers) that hold a row: keys `state/parameter/all`."""
+    """For every state tensor the mean over the ranks (and workers) that hold a row: keys `state/parameter/0:rows`."""
     rows: dict[str, int] = {}
     for found in keys.values():
         for key in found:
@@ -162,6 +164,6 @@ def _mean_rows(path: Path, name: str, keys: dict[int, list[str]], entries: Mappi
             total[tensor][0, first:last] += value.to(torch.float64).sum(0)
             holders[tensor][first:last] += value.shape[0]
     return {
-        f"{tensor}/all": (value / holders[tensor].clamp(min=1)[:, None]).to(dtypes[tensor])
+        f"{tensor}/0:{rows[tensor]}": (value / holders[tensor].clamp(min=1)[:, None]).to(dtypes[tensor])
         for tensor, value in total.items()
     }

@@ -79,12 +79,8 @@ class Collectives:
 
     def all_gather(self, message: Tensor) -> Tensor:
         """Every rank's message in rank order: `[n, *message.shape]`."""
-        if self.size == 1:
-            return message[None]
         self._count(message, self.size - 1)
-        gathered = message.new_empty((self.size, *message.shape))
-        self._run(_all_gather_flat, gathered.view(-1), message.reshape(-1))
-        return gathered
+        return self._gather(message)
 
     def all_to_all(self, messages: Sequence[Tensor], received: Sequence[int]) -> list[Tensor]:
         """Send `messages[r]` (1-D, one dtype) to rank r; returns what each rank sent here, of `received[r]` entries."""
@@ -95,17 +91,17 @@ class Collectives:
         self._count(flat, 1 - sizes[self.rank] / max(1, flat.numel()))
         out = flat.new_empty(sum(received))
         self._run(dist.all_to_all_single, out, flat, list(received), sizes)
-        return list(out.split(list(received)))
+        return list(torch.split(out, list(received)))
 
     def gather_bytes(self, data: bytes, device: torch.device) -> list[bytes]:
-        """Every rank's byte string, of any length; for agreement at start, not for the hot path."""
+        """Every rank's byte string, of any length; for agreement at start, not counted."""
         if self.size == 1:
             return [data]
         mine = torch.tensor(list(data), dtype=torch.uint8, device=device)
-        sizes = self.all_gather(torch.tensor([len(data)], device=device)).flatten().tolist()
+        sizes = self._gather(torch.tensor([len(data)], device=device)).flatten().tolist()
         padded = mine.new_zeros(max(sizes))
         padded[: len(data)] = mine
-        return [bytes(row[:size].tolist()) for row, size in zip(self.all_gather(padded), sizes, strict=True)]
+        return [bytes(row[:size].tolist()) for row, size in zip(self._gather(padded), sizes, strict=True)]
 
     def fail(self, error: BaseException) -> None:
         """Tell the other ranks of an error here: leave it in the store and close this group's connections."""
@@ -120,10 +116,18 @@ class Collectives:
             dist.destroy_process_group(self._group)
         self._group = None
 
+    def _gather(self, message: Tensor) -> Tensor:
+        if self.size == 1:
+            return message[None]
+        gathered = message.new_empty((self.size, *message.shape))
+        self._run(_all_gather_flat, gathered.view(-1), message.reshape(-1))
+        return gathered
+
     def _count(self, buffer: Tensor, share: float) -> None:
-        size = buffer.numel() * buffer.element_size()
-        self.bytes.payload += size
-        self.bytes.sent += size * share
+        if self.size > 1:
+            size = buffer.numel() * buffer.element_size()
+            self.bytes.payload += size
+            self.bytes.sent += size * share
 
     def _run(self, collective: Any, *args: Any) -> None:
         if self._group is None:

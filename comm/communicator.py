@@ -1,6 +1,7 @@
 """`Communicator`: compressor x feedback x exchange x plan, the path of a gradient."""
 
 import datetime
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import final
@@ -204,7 +205,7 @@ class Communicator(Averager):
             for state in bucket.states:
                 state.fill(known)
             self._buckets[key] = bucket
-            self._loaded = {key: rows for key, rows in known.items() if not self._is_live(key)}
+            self._keep_for_later(known)
         return self._buckets[key]
 
     def _new_bucket(self, grads: Sequence[Tensor], names: Sequence[str]) -> _Bucket:
@@ -239,8 +240,12 @@ class Communicator(Averager):
             states.append(RowState(held, self.feedback.state, self.exchange.owned(held), self.exchange.state))
         return _Bucket(matrices, states, dense)
 
-    def _is_live(self, key: str) -> bool:
-        return any(key in state.rows() for bucket in self._buckets.values() for state in bucket.states)
+    def _keep_for_later(self, rows: dict[str, Tensor]) -> None:
+        """Remember state tensors of parameters that no bucket holds."""
+        here = {name for names in self._buckets for name in names}
+        self._loaded = {
+            key: value for key, value in rows.items() if key.partition("/")[2].rpartition("/")[0] not in here
+        }
 
     def _prepare(self, names: Sequence[str], tensors: Sequence[Tensor]) -> None:
         self._bucket(tensors, names)
@@ -255,13 +260,10 @@ class Communicator(Averager):
 
     def load_rows(self, rows: dict[str, Tensor]) -> None:
         """Take over state tensors; those of parameters not seen yet wait for them."""
-        self._loaded = {}
-        live: set[str] = set()
         for bucket in self._buckets.values():
             for state in bucket.states:
                 state.fill(rows)
-                live |= state.rows().keys()
-        self._loaded = {key: value.clone() for key, value in rows.items() if key not in live}
+        self._keep_for_later({key: value.clone() for key, value in rows.items()})
 
     def _connected(self, ranks: Collectives) -> None:
         self.exchange.connect(ranks, feedback=bool(self.feedback.state))
@@ -277,7 +279,7 @@ class Communicator(Averager):
             for state in bucket.states:
                 if "residual" in state.feedback:
                     total += float(torch.linalg.vector_norm(state.feedback["residual"]).square())
-        return total**0.5
+        return math.sqrt(total)
 
 
 def _poisoned(scale: Tensor | float, bad: Tensor) -> Tensor | float:
@@ -291,7 +293,7 @@ def _unflatten(flat: Tensor, grads: Sequence[Tensor], members: Sequence[int]) ->
     """Copy the runs of `flat` into the gradients at these positions (of every worker)."""
     shapes = [grads[position].shape for position in members]
     workers = sum(shape.numel() for shape in shapes) // max(1, flat.numel())
-    runs = flat.split([shape.numel() // workers for shape in shapes])
+    runs = torch.split(flat, [shape.numel() // workers for shape in shapes])
     for position, run in zip(members, runs, strict=True):
         grads[position].copy_(run.view(grads[position].shape[1:] if workers > 1 else grads[position].shape))
 

@@ -32,12 +32,12 @@ class DDPHook:
     # DDP inspects this signature: the parameter must be called `bucket` and the annotations be these objects.
     def _average_bucket(self, state: object, bucket: GradBucket) -> torch.futures.Future[Tensor]:
         if isinstance(bucket, tuple):  # compiled autograd: one call per parameter, the result ignored
-            return self._average_parameter(*bucket)  # type: ignore[unreachable]
+            return self._average_parameter(*bucket)
         names = [self._names[parameter] for parameter in bucket.parameters()]
         average = functools.partial(self._communicator.average_, bucket.gradients(), names, last=bucket.is_last())
         return self._beside.submit(average, bucket.buffer())
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _average_parameter(self, grad: Tensor, parameter: Any) -> None:
         name = self._names[parameter]
         self._arrived.add(name)

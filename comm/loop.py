@@ -38,7 +38,7 @@ class LoopHandle:
         self._missing = [len(bucket) for bucket in self._buckets]
         self._backward_ran = False
         communicator.prepare([name for name, _ in parameters], [p.detach() for _, p in parameters])
-        self._hooks = [p.register_post_accumulate_grad_hook(self._arrive) for _, p in parameters]
+        self._hooks = [p.register_post_accumulate_grad_hook(self._arrive) for _, p in parameters]  # type: ignore[no-untyped-call]
 
     def wait(self) -> None:
         """Average what is left and return when all gradients are means; does nothing if no backward pass ran.

@@ -48,7 +48,7 @@ def newton_schulz(p: Tensor, steps: int = 16) -> Tensor:
         Bjorck, Bowie. An iterative algorithm for computing the best estimate of an orthogonal matrix. SIAM J. Numer.
         Anal. 1971.
     """
-    x = p / (torch.linalg.matrix_norm(p, keepdim=True) + torch.finfo(p.dtype).tiny)
+    x: Tensor = p / (torch.linalg.matrix_norm(p, keepdim=True) + torch.finfo(p.dtype).tiny)
     for _ in range(steps):
         x = 1.5 * x - 0.5 * x @ (x.mT @ x)
     return x

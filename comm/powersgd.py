@@ -1,6 +1,7 @@
 """`PowerSGD`: low-rank averaging in two rounds."""
 
 import datetime
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, final
@@ -160,7 +161,7 @@ class PowerSGD(Averager):
             dtype = torch.promote_types(dtype, tensor.dtype)
         message = torch.cat([*(tensor.reshape(-1).to(dtype) for tensor in tensors), bad.to(dtype).view(1)])
         total = self.connect().all_reduce_(message)
-        runs = (total[:-1] / self.connect().size).split([tensor.numel() for tensor in tensors])
+        runs = torch.split(total[:-1] / self.connect().size, [tensor.numel() for tensor in tensors])
         means = [run.view(tensor.shape) for run, tensor in zip(runs, tensors, strict=True)]
         return means, (total[-1] != 0) | is_bad(total)
 
@@ -222,7 +223,7 @@ class PowerSGD(Averager):
         self._loaded = {}
         live = self.state_rows()
         for key, value in live.items():
-            saved = rows.get(key, rows.get(key.rpartition("/")[0] + "/all"))
+            saved = rows.get(key)
             if saved is not None:
                 value.copy_(saved)
         self._loaded = {key: value.clone() for key, value in rows.items() if key not in live}
@@ -245,4 +246,4 @@ class PowerSGD(Averager):
             for bucket in self._buckets.values()
             for batch in bucket.batches
         ]
-        return sum(squares) ** 0.5
+        return math.sqrt(sum(squares))

@@ -144,7 +144,8 @@ class RowMatrix:
 
     def _split_sizes(self) -> tuple[list[int], list[int]]:
         """Lengths of the alternating runs of entries and padding, and the positions of the padding."""
-        runs, padding = [], []
+        runs: list[int] = []
+        padding: list[int] = []
         for piece in self.pieces:
             start, size = piece.row * self.width, (piece.last - piece.first) * self.width
             runs += [piece.entries, size - piece.entries]
@@ -152,7 +153,7 @@ class RowMatrix:
         return runs, padding
 
     def _views(self, x: Tensor) -> list[Tensor]:
-        return list(x.split(self._runs, dim=1)[::2])
+        return list(torch.split(x, self._runs, dim=1)[::2])
 
     def _flat(self, grads: Sequence[Tensor]) -> list[Tensor]:
         """The entries of every piece, `[workers, entries]`, views where the gradient is contiguous."""

@@ -58,17 +58,19 @@ class RowState:
 
     def rows(self) -> dict[str, Tensor]:
         """Views `[workers, rows, width]` by key `state/parameter/first:last`."""
-        return {f"{state}/{_key(piece)}": view for state, piece, view in self._pieces()}
+        return {f"{state}/{piece.name}/{piece.first}:{piece.last}": view for state, piece, view in self._pieces()}
 
     def fill(self, known: Mapping[str, Tensor]) -> None:
-        """Copy values in from `rows` of other buckets or from a checkpoint, where they cover a piece."""
+        """Copy values in from `rows` of other buckets or of a checkpoint, where they cover a piece."""
+        spans: dict[str, list[tuple[int, int, Tensor]]] = {}
+        for key, value in known.items():
+            tensor, _, span = key.rpartition("/")
+            first, _, last = span.partition(":")
+            spans.setdefault(tensor, []).append((int(first), int(last), value))
         for state, piece, view in self._pieces():
-            value = known.get(f"{state}/{_key(piece)}")
-            if value is None:
-                value = known.get(f"{state}/{piece.name}/all")
-                value = None if value is None else value[:, piece.first : piece.last]
-            if value is not None:
-                view.copy_(value)
+            for first, last, value in spans.get(f"{state}/{piece.name}", []):
+                if first <= piece.first and piece.last <= last:
+                    view.copy_(value[:, piece.first - first : piece.last - first])
 
     def _pieces(self) -> Iterator[tuple[str, Piece, Tensor]]:
         for matrix, tensors in ((self._held, self.feedback), (self._owned, self.exchange)):
@@ -76,10 +78,6 @@ class RowState:
                 stacked = tensor.view(-1, matrix.rows, matrix.width) if matrix.rows else tensor[None]
                 for piece in matrix.pieces:
                     yield state, piece, stacked[:, piece.row : piece.row + piece.last - piece.first]
-
-
-def _key(piece: Piece) -> str:
-    return f"{piece.name}/{piece.first}:{piece.last}"
 
 
 def _zeros(matrix: RowMatrix, tensor: StateTensor) -> Tensor:

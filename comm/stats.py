@@ -7,11 +7,11 @@ from typing import final
 @final
 @dataclass(frozen=True)
 class Stats:
-    """Totals of one rank since the start (or since the loaded checkpoint's start).
+    """Totals of one rank: steps since training began, bytes since this process did.
 
     Args:
-        steps: Finished steps, skipped ones included.
-        skipped: Steps skipped because a gradient was not finite on some rank.
+        steps: Finished steps, skipped ones included; a checkpoint restores them.
+        skipped: Steps skipped because a gradient was not finite on some rank; a checkpoint restores them.
         payload_bytes: Bytes handed to collectives, from the real buffers.
         bytes_sent: Bytes that the collectives' usual algorithms send from this rank for those buffers.
         dense_bytes: What a ring all-reduce of the uncompressed gradients would have sent in its place.

@@ -39,8 +39,8 @@ def row_keys(seed: int, rows: int, device: torch.device | str | None = None, *, 
     return (high & 0x3FFFFFFF) << 32 | low
 
 
-def at_step(keys: Tensor, step_key: int) -> Tensor:
-    """New keys for one step (and rank): `keys` mixed with `step_key = fold(seed, step, rank)`."""
+def at_step(keys: Tensor, step_key: Tensor | int) -> Tensor:
+    """New keys: `keys` mixed with those of a step or worker, `fold(seed, step)` or a tensor that broadcasts."""
     low = _mix((keys & _MASK32) ^ (step_key & _MASK32))
     high = _mix((keys >> 32) ^ (step_key >> 31) ^ low)
     return (high & 0x3FFFFFFF) << 32 | low

@@ -50,7 +50,8 @@ class AllReduce(Exchange):
         for dtype in dict.fromkeys(part.dtype for parts in sums for part in parts):
             places = [(i, j) for i, parts in enumerate(sums) for j, part in enumerate(parts) if part.dtype == dtype]
             flat = torch.cat([sums[i][j].reshape(-1) for i, j in places] + [bad.to(dtype).view(1)])
-            runs = self.ranks.all_reduce_(flat).split([sums[i][j].numel() for i, j in places] + [1])
+            sizes = [sums[i][j].numel() for i, j in places] + [1]
+            runs = torch.split(self.ranks.all_reduce_(flat), sizes)
             for (i, j), run in zip(places, runs[:-1], strict=True):
                 sums[i][j] = run.view(sums[i][j].shape)
             any_bad = any_bad | (runs[-1] != 0).squeeze(0)

@@ -21,6 +21,7 @@ from gradwire.comm.row_matrix import RowMatrix
 from gradwire.comm.row_state import RowState
 from gradwire.compression import counter_rng
 from gradwire.compression.base import Compressor
+from gradwire.compression.fused import fuse
 
 
 @dataclass
@@ -97,7 +98,7 @@ class Communicator(Averager):
         self.workers = self.exchange.workers
         self._buckets: dict[tuple[str, ...], _Bucket] = {}
         self._loaded: dict[str, Tensor] = {}
-        self._encode = torch.compile(self._encode_rows) if fused else self._encode_rows
+        self._encode = fuse(self._encode_rows) if fused else self._encode_rows
 
     def config(self) -> dict[str, str]:
         """Hyper-parameters by name, as text."""

@@ -1,0 +1,56 @@
+# One command each; everything is installed into .venv, and again only when the files that say what to install change.
+PYTHON ?= python3
+NPROC ?= 2
+TRAIN ?= --compare default
+
+BIN := .venv/bin
+PACKAGES := $(patsubst %/__init__.py,%,$(wildcard */__init__.py))
+
+# The root holds folders named like modules elsewhere (`compression` is in Python 3.14's library): keep it off sys.path.
+export PYTHONSAFEPATH := 1
+
+.PHONY: help train results test lint types setup hooks gpu-check clean
+.DEFAULT_GOAL := help
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+train: setup ## Train a small model under 2 workers, once for each of eight ways to average gradients
+	$(BIN)/torchrun --standalone --nproc-per-node $(NPROC) --no-python $(BIN)/gradwire train $(TRAIN)
+
+results: TRAIN += --results bench/results/train.json
+results: train ## The same, kept in bench/results and shown in the README
+	$(BIN)/gradwire report --write
+
+test: lint types ## Lint, types, layers and every test
+	$(BIN)/pytest
+
+lint: setup ## ruff: rules and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: setup ## Types (mypy --strict) and layers (import-linter)
+	$(BIN)/mypy
+	PYTHONPATH=.venv/tree $(BIN)/lint-imports
+
+setup: .venv/installed ## Create .venv and install gradwire and its tools
+
+hooks: setup ## Run the quick checks before every commit
+	$(BIN)/pre-commit install
+
+.venv/installed: pyproject.toml constraints.txt src/gradwire/__init__.py
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo 'gradwire: expected Python 3.11 or later, got "$(PYTHON)". Name another: make PYTHON=python3.12 ...' >&2; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --disable-pip-version-check --no-input -c constraints.txt -e '.[dev]'
+	@# The packages under their import names, for tools that read files and do not run Python.
+	rm -rf .venv/tree && mkdir -p .venv/tree/gradwire
+	ln -s $(addprefix ../../../,$(PACKAGES)) $(addprefix ../../../,$(wildcard src/gradwire/*.*)) .venv/tree/gradwire
+	@touch $@
+
+gpu-check: ## On a machine with CUDA and torch, offline: install for its own python3, run GPU tests and benches
+	$(PYTHON) -m pip install --no-deps --no-build-isolation -e .
+	$(PYTHON) -m gradwire.bench.gpu_check
+
+clean: ## Remove what the targets made, .venv included
+	rm -rf .venv build dist *.egg-info

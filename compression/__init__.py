@@ -6,6 +6,29 @@ if __name__ == "compression":  # Python 3.14 has a package of this name; a check
     __path__ = [sysconfig.get_path("stdlib") + "/compression"]
 else:
     from gradwire.compression.base import Compressor, Part, Payload
+    from gradwire.compression.block_quantize import BlockQuantize
+    from gradwire.compression.cast import Cast
+    from gradwire.compression.chain import Chain
+    from gradwire.compression.chunk_topk import ChunkTopK
     from gradwire.compression.identity import Identity
+    from gradwire.compression.random_k import RandomK
+    from gradwire.compression.scaled_sign import ScaledSign
+    from gradwire.compression.topk import TopK
+    from gradwire.compression.wire import PayloadError, from_bytes, to_bytes
 
-    __all__ = ["Compressor", "Identity", "Part", "Payload"]
+    __all__ = [
+        "BlockQuantize",
+        "Cast",
+        "Chain",
+        "ChunkTopK",
+        "Compressor",
+        "Identity",
+        "Part",
+        "Payload",
+        "PayloadError",
+        "RandomK",
+        "ScaledSign",
+        "TopK",
+        "from_bytes",
+        "to_bytes",
+    ]

@@ -7,7 +7,7 @@ a parameter's result never depends on its neighbours, and a payload can be hande
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar, Literal, final
+from typing import Literal, final
 
 import torch
 from torch import Tensor
@@ -78,19 +78,23 @@ class Compressor(ABC):
     `decompress_rows`. The layout depends on the width and dtype only, never on values, so payloads of all ranks have
     equal sizes and nothing waits for the host.
 
-    Contract: the input is unchanged; equal input and equal seed give an equal payload, on CPU and CUDA alike; 0-d,
-    empty and non-contiguous tensors work; an all-zero row decompresses to zeros.
+    Contract: the input is unchanged; equal input and equal seed give an equal payload, and on CPU and CUDA payloads
+    that decompress to equal values; 0-d, empty and non-contiguous tensors work; a row of zeros decompresses to zeros.
     """
 
-    randomness: ClassVar[Randomness] = "none"
-    """"shared": all ranks must draw the same numbers; "private": each rank its own."""
+    @property
+    def randomness(self) -> Randomness:
+        """Who draws alike: "none" draws; "shared": all ranks the same numbers; "private": each rank its own."""
+        return "none"
 
-    preserves_zero: ClassVar[bool] = True
-    """Whether a zero entry decompresses to zero; if not, the padding of a tensor's last row is cleared by the caller."""
+    @property
+    def preserves_zero(self) -> bool:
+        """Whether a zero entry decompresses to zero; if not, whoever adds rows clears the padding of the last one."""
+        return True
 
     @property
     def reduction(self) -> Reduction:
-        """ "sum" if payloads may be added before decompression (all-reduce), else "gather"."""
+        """What may be done with payloads: "sum": added before decompression (all-reduce); "gather": only gathered."""
         return "gather"
 
     # The row form: what a subclass implements.
@@ -118,7 +122,13 @@ class Compressor(ABC):
 
     @abstractmethod
     def decompress_rows(self, parts: tuple[Tensor, ...], width: int, keys: Tensor | None = None) -> Tensor:
-        """Rebuild `[rows, width]` in float32 or float64 from the parts."""
+        """Rebuild `[rows, width]` in float32 or float64: a new tensor, which the caller may overwrite."""
+
+    def check_parts(self, parts: tuple[Tensor, ...], width: int) -> None:  # noqa: B027  (most parts may hold any value)
+        """Raise ValueError where parts of the right dtype and shape hold what `compress_rows` never gives.
+
+        `wire.from_bytes` calls it on parts that come from outside; indices that point outside a row are the danger.
+        """
 
     def contraction(self, numel: int) -> float | None:
         """Largest known delta in (0, 1] with E||x - C(x)||^2 <= (1 - delta)||x||^2 for every x of numel entries.

@@ -1,4 +1,6 @@
-"""Checks of hyper-parameters with one wording: who, expected, got."""
+"""Checks with one wording: who, expected, got."""
+
+from torch import Tensor
 
 
 def check_positive(who: str, name: str, value: int) -> None:
@@ -11,3 +13,9 @@ def check_choice(who: str, name: str, value: object, choices: tuple[object, ...]
     """Raise ValueError unless `value` is one of `choices`."""
     if value not in choices:
         raise ValueError(f"{who}: expected {name} in {choices}, got {name}={value!r}.")
+
+
+def check_scale(who: str, scale: Tensor) -> None:
+    """Raise ValueError unless every scale of a payload is finite and not negative."""
+    if not ((scale >= 0) & scale.isfinite()).all():
+        raise ValueError(f"{who}: expected finite scales >= 0, got others.")

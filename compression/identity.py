@@ -29,6 +29,9 @@ class Identity(Compressor):
     Cost:
         `itemsize` bytes per entry; one copy.
 
+    State:
+        None.
+
     Example:
         >>> identity = Identity(width=4)
         >>> identity.decompress(identity.compress(torch.tensor([1.0, -3.0])))

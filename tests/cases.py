@@ -4,9 +4,14 @@ Adding an algorithm is one file, one export line, one line here and one referenc
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+import torch
+from reference import feedback, optimizers, quantizers, sparsifiers
+
+from gradwire import comm, optim
 from gradwire import compression as C
 
 
@@ -16,8 +21,9 @@ class CompressorCase:
 
     Args:
         compressor: The instance under test.
-        reference: `(x [rows, width] float64, **facts) -> float64 [rows, width]`, written from the paper.
-        rtol: Relative tolerance against the reference, for float32 input.
+        reference: `(x [rows, width] float64) -> float64 [rows, width]` in NumPy, written from the paper. It also takes
+            `keys=` (`[rows]` int64) if the compressor draws random numbers.
+        rtol: Tolerance against the reference, relative to the largest magnitude of a row, for float32 input.
         errors: `(keyword arguments, regex)` pairs for which the class raises ValueError.
     """
 
@@ -29,14 +35,236 @@ class CompressorCase:
 
 @dataclass(frozen=True)
 class OptimizerCase:
-    """An optimizer class, keyword arguments, its float64 NumPy reference, and what its constructor must refuse."""
+    """An optimizer class, keyword arguments, its float64 NumPy reference, and what its constructor must refuse.
 
-    cls: type
+    Args:
+        cls: The class under test.
+        kwargs: Its hyper-parameters, without lr and how it runs (foreach, fused, maximize).
+        reference: `(weight, gradients of every step or None, lr of every step, **kwargs) -> weight`, in float64 NumPy.
+        errors: `(keyword arguments, regex)` pairs for which the class raises ValueError.
+    """
+
+    cls: type[optim.Optimizer]
     kwargs: dict[str, Any]
     reference: Callable[..., Any]
-    errors: tuple[tuple[dict[str, Any], str], ...] = field(default=())
+    errors: tuple[tuple[dict[str, Any], str], ...] = ()
 
 
-COMPRESSORS: list[CompressorCase] = []
+@dataclass(frozen=True)
+class FeedbackCase:
+    """An error feedback mechanism, its float64 NumPy reference, and what its constructor must refuse."""
 
-OPTIMIZERS: list[OptimizerCase] = []
+    feedback: comm.ErrorFeedback
+    reference: Callable[..., Any]
+    errors: tuple[tuple[dict[str, Any], str], ...] = ()
+
+
+@dataclass(frozen=True)
+class CommunicatorCase:
+    """A legal communicator.
+
+    Args:
+        name: What a failing test prints.
+        make: Makes a new one; takes `seed`, `plan`, `group` and `timeout`, and all else that `Communicator` takes if it
+            is one.
+        inside: The world size must be a multiple of it.
+        composed: Whether it is a `Communicator`, so that `make(exchange=Simulated(n))` is its simulation.
+    """
+
+    name: str
+    make: Callable[..., comm.Averager]
+    inside: int = 1
+    composed: bool = True
+
+
+def _composed(
+    name: str,
+    compressor: C.Compressor,
+    feedback: comm.ErrorFeedback | None = None,
+    exchange: Callable[[], comm.Exchange] | None = None,
+    inside: int = 1,
+) -> CommunicatorCase:
+    def make(**options: Any) -> comm.Communicator:
+        made = exchange() if exchange is not None and "exchange" not in options else None
+        return comm.Communicator(compressor, **{"feedback": feedback, "exchange": made, **options})
+
+    return CommunicatorCase(name, make, inside)
+
+
+def _warmup(**options: Any) -> comm.Warmup:
+    first = comm.Communicator(C.Identity(), **options)
+    return comm.Warmup(first, comm.Communicator(C.ChunkTopK(k=8, chunk=256), feedback=comm.EF(), **options), steps=2)
+
+
+COMPRESSORS: list[CompressorCase] = [
+    CompressorCase(
+        C.Identity(), sparsifiers.identity, rtol=0, errors=(({"width": 0}, "expected an integer width >= 1"),)
+    ),
+    CompressorCase(C.Identity(width=5), sparsifiers.identity, rtol=0),
+    CompressorCase(
+        C.TopK(ratio=0.1),
+        partial(sparsifiers.top_k, ratio=0.1),
+        rtol=0,
+        errors=(
+            ({"ratio": 0.0}, r"TopK: expected 0 < ratio <= 1, got ratio=0\.0\."),
+            ({"ratio": 1.5}, r"TopK: expected 0 < ratio <= 1, got ratio=1\.5\."),
+            ({"ratio": float("nan")}, r"TopK: expected 0 < ratio <= 1, got ratio=nan\."),
+        ),
+    ),
+    CompressorCase(C.TopK(ratio=1.0), sparsifiers.identity, rtol=0),
+    CompressorCase(
+        C.ChunkTopK(),
+        partial(sparsifiers.top_k, k=32),
+        rtol=0,
+        errors=(
+            ({"k": 0}, "expected an integer k >= 1, got k=0"),
+            ({"k": 2.0}, r"expected an integer k >= 1, got k=2\.0"),
+            ({"k": 1, "chunk": 1}, "expected 2 <= chunk <= 65536, got chunk=1"),
+            ({"chunk": 65537}, "expected 2 <= chunk <= 65536, got chunk=65537"),
+            ({"k": 9, "chunk": 8}, "expected k <= chunk, got k=9 and chunk=8"),
+        ),
+    ),
+    CompressorCase(C.ChunkTopK(k=4, chunk=256), partial(sparsifiers.top_k, k=4), rtol=0),
+    CompressorCase(C.ChunkTopK(k=3, chunk=100), partial(sparsifiers.top_k, k=3), rtol=0),
+    CompressorCase(
+        C.RandomK(k=8, chunk=64),
+        partial(sparsifiers.random_k, k=8),
+        errors=(
+            ({"k": 0}, "expected an integer k >= 1, got k=0"),
+            ({"k": 1, "chunk": 1}, "expected 2 <= chunk <= 65536, got chunk=1"),
+            ({"k": 3, "chunk": 8}, "expected k to divide chunk, got k=3 and chunk=8"),
+        ),
+    ),
+    CompressorCase(
+        C.RandomK(k=5, chunk=15, unbiased=False), partial(sparsifiers.random_k, k=5, unbiased=False), rtol=0
+    ),
+    CompressorCase(
+        C.Chain(C.ChunkTopK(k=16, chunk=256), C.BlockQuantize(bits=8)),
+        partial(
+            sparsifiers.chained,
+            first=partial(sparsifiers.top_k, k=16),
+            second=partial(quantizers.block_quantize, bits=8),
+        ),
+        errors=(
+            ({"first": C.ScaledSign(), "second": C.Identity()}, "expected a first that sends its values"),
+            ({"first": C.Cast(), "second": C.Identity()}, "Put the sparsifier first"),
+        ),
+    ),
+    CompressorCase(
+        C.Chain(C.RandomK(k=8, chunk=64), C.Cast("bfloat16")),
+        partial(
+            sparsifiers.chained,
+            first=partial(sparsifiers.random_k, k=8),
+            second=partial(quantizers.cast, dtype="bfloat16"),
+            scale=8,
+        ),
+    ),
+    # Quantisers.
+    *(CompressorCase(C.Cast(name), partial(quantizers.cast, dtype=name)) for name in quantizers.FORMATS),
+    CompressorCase(
+        C.Cast("bfloat16", stochastic=True),
+        partial(quantizers.cast, dtype="bfloat16"),
+        errors=(({"dtype": "int8"}, r"Cast: expected dtype in \('bfloat16', .*\), got dtype='int8'"),),
+    ),
+    CompressorCase(C.Cast("float8_e4m3fn", stochastic=True), partial(quantizers.cast, dtype="float8_e4m3fn")),
+    CompressorCase(
+        C.ScaledSign(),
+        quantizers.scaled_sign,
+        errors=(({"width": 0}, "ScaledSign: expected an integer width >= 1, got width=0"),),
+    ),
+    CompressorCase(C.ScaledSign(width=100), quantizers.scaled_sign),
+    *(CompressorCase(C.BlockQuantize(bits), partial(quantizers.block_quantize, bits=bits)) for bits in (8, 4, 2)),
+    CompressorCase(
+        C.BlockQuantize(bits=8, block=100, stochastic=True),
+        partial(quantizers.block_quantize, bits=8),
+        errors=(
+            ({"bits": 3}, r"BlockQuantize: expected bits in \(8, 4, 2\), got bits=3"),
+            ({"block": 0}, "BlockQuantize: expected an integer block >= 1, got block=0"),
+        ),
+    ),
+    CompressorCase(C.BlockQuantize(bits=2, block=10, stochastic=True), partial(quantizers.block_quantize, bits=2)),
+]
+
+OPTIMIZERS: list[OptimizerCase] = [
+    OptimizerCase(
+        optim.AdamP,
+        {},
+        optimizers.adamp,
+        errors=(
+            ({"lr": -1.0}, r"AdamP: expected 0 <= lr, got lr=-1\.0\."),
+            ({"lr": float("nan")}, "expected 0 <= lr, got lr=nan"),
+            ({"lr": torch.tensor([0.1])}, r"expected a number or a 0-d tensor lr, got shape \(1,\)"),
+            ({"lr": torch.tensor(-0.1)}, "expected 0 <= lr, got lr=-0.1"),
+            ({"betas": 0.9}, "expected a pair betas"),
+            ({"betas": (0.9, 1.0)}, r"expected 0 <= betas\[1\] < 1, got betas\[1\]=1\.0"),
+            ({"eps": -1e-8}, "expected 0 <= eps, got eps=-1e-08"),
+            ({"weight_decay": "0.1"}, "expected 0 <= weight_decay, got weight_decay='0.1'"),
+            ({"delta": -0.1}, "expected 0 <= delta"),
+            ({"wd_ratio": -0.1}, "expected 0 <= wd_ratio"),
+            ({"foreach": True, "fused": True}, "expected foreach or fused, got both"),
+        ),
+    ),
+    OptimizerCase(optim.AdamP, {"weight_decay": 0.1, "delta": 1.0, "nesterov": True}, optimizers.adamp),
+    OptimizerCase(
+        optim.AdamP, {"betas": (0.5, 0.9), "eps": 1e-4, "weight_decay": 0.1, "wd_ratio": 0.5}, optimizers.adamp
+    ),
+]
+
+FEEDBACKS: list[FeedbackCase] = [
+    FeedbackCase(comm.NoFeedback(), feedback.none),
+    FeedbackCase(
+        comm.EF(), feedback.ef, errors=(({"decay": 0.0}, "0 < decay <= 1, got decay=0.0"), ({"decay": 1.5}, "decay"))
+    ),
+    FeedbackCase(comm.EF(decay=0.75), partial(feedback.ef, decay=0.75)),
+    FeedbackCase(comm.EF21(), feedback.ef21),
+]
+
+_CHUNK = C.ChunkTopK(k=8, chunk=256)
+_INT8, _INT4 = C.BlockQuantize(bits=8, block=256), C.BlockQuantize(bits=4, block=256)
+_RANDOM_K = C.RandomK(k=8, chunk=256, unbiased=False)
+
+COMMUNICATORS: list[CommunicatorCase] = [
+    _composed("dense", C.Identity()),
+    _composed("dense-gather", C.Identity(), exchange=comm.AllGather),
+    _composed("dense-two-phase", C.Identity(), exchange=comm.TwoPhase),
+    _composed("dense-hierarchical", C.Identity(), exchange=lambda: comm.Hierarchical(2, comm.AllReduce()), inside=2),
+    _composed("bf16", C.Cast("bfloat16")),
+    _composed("bf16-EF-gather", C.Cast("bfloat16"), comm.EF(), comm.AllGather),
+    _composed("bf16-stochastic-gather", C.Cast("bfloat16", stochastic=True), exchange=comm.AllGather),
+    _composed("fp16", C.Cast("float16")),
+    _composed("e4m3-EF", C.Cast("float8_e4m3fn"), comm.EF()),
+    _composed("e5m2-two-phase", C.Cast("float8_e5m2"), comm.EF(), comm.TwoPhase),
+    _composed("topk-EF", C.TopK(ratio=0.05), comm.EF()),
+    _composed("topk-EF21", C.TopK(ratio=0.05), comm.EF21()),
+    _composed("chunk-EF", _CHUNK, comm.EF()),
+    _composed("chunk-EF-decay", _CHUNK, comm.EF(decay=0.9)),
+    _composed("chunk-EF21", _CHUNK, comm.EF21()),
+    _composed("chunk-EF-two-phase-int8", _CHUNK, comm.EF(), lambda: comm.TwoPhase(second=_INT8)),
+    _composed("chunk-EF-hierarchical", _CHUNK, comm.EF(), lambda: comm.Hierarchical(2, comm.AllGather()), inside=2),
+    _composed("sign-EF", C.ScaledSign(width=256), comm.EF()),
+    _composed("sign-EF-two-phase", C.ScaledSign(width=256), comm.EF(), comm.TwoPhase),
+    _composed("sign-EF21-two-phase-int8", C.ScaledSign(width=256), comm.EF21(), lambda: comm.TwoPhase(second=_INT8)),
+    _composed("int8-two-phase", _INT8, exchange=comm.TwoPhase),
+    _composed("int8-stochastic-two-phase", C.BlockQuantize(bits=8, block=256, stochastic=True), exchange=comm.TwoPhase),
+    _composed("int4-EF-two-phase-int8", _INT4, comm.EF(), lambda: comm.TwoPhase(second=_INT8)),
+    _composed(
+        "int4-EF-hierarchical-two-phase",
+        _INT4,
+        comm.EF(),
+        lambda: comm.Hierarchical(2, comm.TwoPhase(second=_INT8)),
+        inside=2,
+    ),
+    _composed("int2-EF21", C.BlockQuantize(bits=2, block=256), comm.EF21()),
+    _composed("int2-stochastic", C.BlockQuantize(bits=2, block=256, stochastic=True)),
+    _composed("random-k", C.RandomK(k=8, chunk=256)),
+    _composed("random-k-EF", _RANDOM_K, comm.EF()),
+    _composed("random-k-EF-two-phase-int8", _RANDOM_K, comm.EF(), lambda: comm.TwoPhase(second=_INT8)),
+    _composed("chain-chunk-int8-EF", C.Chain(_CHUNK, C.BlockQuantize(bits=8, block=8)), comm.EF()),
+    _composed("chain-chunk-int8-EF21", C.Chain(_CHUNK, C.BlockQuantize(bits=8, block=8)), comm.EF21()),
+    _composed("chain-random-k-bf16-EF", C.Chain(_RANDOM_K, C.Cast("bfloat16")), comm.EF()),
+    CommunicatorCase("warmup-chunk-EF", _warmup, composed=False),
+    CommunicatorCase("powersgd", partial(comm.PowerSGD, 2), composed=False),
+    CommunicatorCase(
+        "powersgd-newton-schulz", partial(comm.PowerSGD, 2, orthogonalization="newton_schulz"), composed=False
+    ),
+]

@@ -1,7 +1,7 @@
 """Real gloo processes for tests, forked from one server that has imported torch and gradwire already.
 
-`run_ranks(n, fn, *args)` calls `fn(*args)` in n fresh processes with a gloo group of that size and returns the results in
-rank order. `fn` must stand at the top level of a test file. A fork takes about 0.1 s and every job starts clean.
+`run_ranks(n, fn, *args)` calls `fn(*args)` in n fresh processes with a gloo group of that size and returns the results
+in rank order. `fn` must stand at the top level of a test file. A fork takes about 0.1 s and every job starts clean.
 """
 
 import importlib.util

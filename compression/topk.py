@@ -1,0 +1,157 @@
+"""`TopK`: keep the largest entries of a tensor; and the row form that it shares with `ChunkTopK`."""
+
+import math
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from torch import Tensor
+
+from gradwire.compression import bits
+from gradwire.compression.base import Compressor, Part, compute_dtype
+
+_BLOCK_ENTRIES = 1 << 21  # 8 MiB of float32: a block of rows is still in the cache when its candidates are gathered
+
+
+def topk_indices(x: Tensor, k: int) -> Tensor:
+    """Indices of the k entries of largest magnitude in each row of `[rows, width]`: int64 `[rows, k]`, in no order.
+
+    On the CPU, `torch.topk` costs several nanoseconds an entry. But the k largest entries lie in the k groups with the
+    largest maxima, and maxima of strided groups are vector instructions. So it is asked for the k best of the width / g
+    groups, and then for the k best of their g k entries. Exact up to ties; the work is least at g = sqrt(width / k).
+    """
+    width = x.shape[1]
+    group = 1 << math.ceil(math.log2(width / k) / 2)
+    if x.device.type != "cpu" or group < 4 or width % group:
+        return x.abs().topk(k, sorted=False).indices
+    blocks = (x,) if torch.compiler.is_compiling() else torch.split(x, max(1, _BLOCK_ENTRIES // width))
+    return torch.cat([_topk_of_groups(block, k, group) for block in blocks])
+
+
+def _topk_of_groups(x: Tensor, k: int, group: int) -> Tensor:
+    """`topk_indices` by way of the maxima of groups of entries i, i + width / group, i + 2 width / group, ..."""
+    rows, width = x.shape
+    grouped = x.reshape(rows, group, width // group)
+    maxima = torch.maximum(grouped.amax(1), -grouped.amin(1))
+    best_groups = _order(maxima).topk(k, sorted=False).indices
+    first_of_row = torch.arange(0, width, width // group, device=x.device)
+    candidates = (best_groups[:, None, :] + first_of_row[:, None]).flatten(1)
+    best = _order(x.gather(1, candidates)).topk(k, sorted=False).indices
+    return candidates.gather(1, best)
+
+
+def _order(x: Tensor) -> Tensor:
+    """Integers in the order of |x|: its bits without the sign. They compare faster than floats, which may be NaN."""
+    integer = torch.int64 if x.dtype == torch.float64 else torch.int32
+    return x.view(integer) & torch.iinfo(integer).max
+
+
+class RowTopK(Compressor):
+    """Top-k of each row: values in the gradient's dtype and bit-packed positions. Subclasses say how rows are cut."""
+
+    @abstractmethod
+    def kept(self, width: int) -> int:
+        """Entries kept in a row of this width, 1..width."""
+
+    def layout(self, width: int, dtype: torch.dtype) -> tuple[Part, ...]:
+        """Values, and positions in ceil(log2 width) bits each, or whole words for rows wider than 65,536."""
+        k, index_bits = self.kept(width), _index_bits(width)
+        if index_bits > 16:
+            indices = Part("indices", torch.int32 if index_bits <= 31 else torch.int64, k)
+        else:
+            indices = Part("indices", torch.uint8, bits.packed_columns(k, index_bits))
+        return Part("values", dtype, k), indices
+
+    def compress_rows(self, x: Tensor, dtype: torch.dtype, keys: Tensor | None = None) -> tuple[Tensor, ...]:
+        """Select, gather and pack."""
+        width = x.shape[1]
+        indices = topk_indices(x, self.kept(width))
+        values = x.gather(1, indices).to(dtype)
+        index_part = self.layout(width, dtype)[1]
+        if index_part.dtype == torch.uint8:
+            return values, bits.pack(indices, _index_bits(width))
+        return values, indices.to(index_part.dtype)
+
+    def decompress_rows(self, parts: tuple[Tensor, ...], width: int, keys: Tensor | None = None) -> Tensor:
+        """Scatter the values into rows of zeros."""
+        values = parts[0]
+        x = values.new_zeros((values.shape[0], width), dtype=compute_dtype(values.dtype))
+        return x.scatter_(1, _indices(parts, width), values.to(x.dtype))
+
+    def check_parts(self, parts: tuple[Tensor, ...], width: int) -> None:
+        """Every position lies in its row."""
+        indices = _indices(parts, width)
+        if ((indices < 0) | (indices >= width)).any():
+            raise ValueError(f"{type(self).__name__}: expected indices in [0, {width}), got one outside.")
+
+
+def _index_bits(width: int) -> int:
+    """Bits of a position in a row, at least 1."""
+    return max(1, (width - 1).bit_length())
+
+
+def _indices(parts: tuple[Tensor, ...], width: int) -> Tensor:
+    """Positions of the values, unpacked: int64 `[rows, k]`."""
+    values, indices = parts
+    if indices.dtype == torch.uint8:
+        return bits.unpack(indices, values.shape[1], _index_bits(width), torch.int64)
+    return indices.long()
+
+
+@final
+@dataclass(frozen=True)
+class TopK(RowTopK):
+    """Keep the share `ratio` of a tensor's entries that is largest in magnitude.
+
+        C(x)_i = x_i if |x_i| is among the k largest, else 0,   k = max(1, ceil(ratio d))
+
+    The choice is global to the tensor, which on real gradients catches more energy than a choice per chunk but is
+    slower and leaves one row to hand out; see `ChunkTopK`.
+
+    Args:
+        ratio: Share of entries kept, 0 < ratio <= 1.
+
+    Shapes:
+        x: any, cut into one row of d = numel entries. Payload: values `[1, k]` of x's dtype; indices `[1, bytes]` uint8
+        of ceil(log2 d) bits each if d <= 65,536, else `[1, k]` int32.
+
+    Cost:
+        `k (itemsize + 4)` bytes, or less with packed indices; one selection over the whole tensor.
+
+    State:
+        None.
+
+    Example:
+        >>> topk = TopK(ratio=0.5)
+        >>> topk.decompress(topk.compress(torch.tensor([1.0, -3.0, 0.5, 2.0])))
+        tensor([ 0., -3.,  0.,  2.])
+
+    Reference:
+        D. Alistarh, T. Hoefler, M. Johansson, S. Khirirat, N. Konstantinov, C. Renggli, "The Convergence of Sparsified
+        Gradient Methods", 2018, arXiv:1809.10505. S. Stich, J.-B. Cordonnier, M. Jaggi, "Sparsified SGD with Memory",
+        2018, arXiv:1809.07599, Section 2.
+    """
+
+    ratio: float = 0.01
+
+    def __post_init__(self) -> None:
+        if not 0 < self.ratio <= 1:
+            raise ValueError(f"TopK: expected 0 < ratio <= 1, got ratio={self.ratio!r}.")
+
+    def row_width(self, shape: torch.Size) -> int:
+        """The whole tensor is one row."""
+        return max(1, shape.numel())
+
+    def kept(self, width: int) -> int:
+        """The share of the row, at least one entry."""
+        return max(1, math.ceil(self.ratio * width))
+
+    def contraction(self, numel: int) -> float:
+        """Worst case, all magnitudes equal: delta = k / d."""
+        width = max(1, numel)
+        return self.kept(width) / width
+
+    def omega(self, numel: int) -> float | None:
+        """Biased unless everything is kept."""
+        return 0.0 if self.contraction(numel) == 1.0 else None

@@ -1,0 +1,64 @@
+"""Float64 NumPy references of the sparsifying compressors and of the counter-based random numbers they draw from."""
+
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+Keys = NDArray[np.int64]
+
+
+def identity(x: Array) -> Array:
+    """All entries."""
+    return x.copy()
+
+
+def top_k(x: Array, k: int | None = None, ratio: float | None = None) -> Array:
+    """Zero all but the k largest magnitudes of each row; k = max(1, ceil(ratio d)) if a ratio is given."""
+    k = max(1, int(np.ceil(ratio * x.shape[1]))) if ratio is not None else k
+    kept = np.zeros_like(x)
+    for row, out in zip(x, kept, strict=True):
+        largest = sorted(range(len(row)), key=lambda i: -abs(row[i]))[:k]
+        out[largest] = row[largest]
+    return kept
+
+
+def random_bits(keys: Keys, counters: NDArray[np.integer]) -> NDArray[np.uint32]:
+    """32 random bits for each key and counter, in wrapping 32-bit arithmetic."""
+
+    def mix(word: NDArray[np.uint32]) -> NDArray[np.uint32]:
+        word = (word ^ word >> np.uint32(16)) * np.uint32(0x21F0AAAD)
+        word = (word ^ word >> np.uint32(15)) * np.uint32(0x735A2D97)
+        return word ^ word >> np.uint32(15)
+
+    low, high = keys.astype(np.uint32), (keys >> 32).astype(np.uint32)
+    return mix(mix(counters.astype(np.uint32) * np.uint32(0x1E3779B1) + low) ^ high)
+
+
+def random_k_indices(keys: Keys, width: int, k: int) -> NDArray[np.int64]:
+    """One position in each of the k strata of a row: floor of a uniform number with 24 bits times the stratum."""
+    draw = (random_bits(keys[:, None], np.arange(k)) >> np.uint32(8)) / 2.0**24
+    return np.arange(k) * (width // k) + np.floor(draw * (width // k)).astype(np.int64)
+
+
+def random_k(x: Array, keys: Keys, k: int, unbiased: bool = True) -> Array:
+    """Zero all but the drawn entries; scale by width / k if unbiased."""
+    kept = np.zeros_like(x)
+    for row, out, positions in zip(x, kept, random_k_indices(keys, x.shape[1], k), strict=True):
+        out[positions] = row[positions] * (len(row) / k if unbiased else 1)
+    return kept
+
+
+def chained(
+    x: Array, first: Callable[..., Array], second: Callable[[Array], Array], scale: float = 1, **facts: Keys
+) -> Array:
+    """Apply `second`, which must not depend on order, to the entries that `first` keeps in each row.
+
+    `scale` is what `first` multiplies entries by after they have travelled.
+    """
+    kept = first(x, **facts)
+    for row, out in zip(x, kept, strict=True):
+        positions = np.flatnonzero(out)
+        out[positions] = second(row[None, positions])[0] * scale
+    return kept

@@ -1,0 +1,140 @@
+"""`fused=True`: equal to the loop, compiled once, and the loop itself where there is no compiler."""
+
+import copy
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from cases import OPTIMIZERS, OptimizerCase
+from torch import Tensor, nn
+
+from gradwire.optim import kernels
+
+pytestmark = [
+    pytest.mark.timeout(400),  # a cold compilation on a busy machine
+    # Inductor's own
+    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning"),
+]
+
+every_class = pytest.mark.parametrize(
+    "case", list({case.cls: case for case in reversed(OPTIMIZERS)}.values()), ids=lambda case: case.cls.__name__
+)
+SHAPES = [(12, 10), (7, 6, 2), (40,), (300, 120), (0, 3)]
+
+
+def pair(case: OptimizerCase, dtype: torch.dtype = torch.float32, **options: Any) -> tuple[Any, ...]:
+    """Parameters and a fused optimizer, then equal ones and a loop."""
+    params = [nn.Parameter(torch.randn(shape).to(dtype)) for shape in SHAPES]
+    others = copy.deepcopy(params)
+    made = [case.cls(p, **{**case.kwargs, **options}, fused=f) for p, f in ((params, True), (others, False))]
+    return params, made[0], others, made[1]
+
+
+def give_gradients(params: list[nn.Parameter], others: list[nn.Parameter], scale: float = 0.1) -> None:
+    for p, q in zip(params, others, strict=True):
+        p.grad = torch.randn_like(p) * scale
+        q.grad = p.grad.clone()
+
+
+def assert_close(params: list[nn.Parameter], others: list[nn.Parameter], **tolerance: Any) -> None:
+    for p, q in zip(params, others, strict=True):
+        torch.testing.assert_close(p, q, **tolerance)
+
+
+@every_class
+def test_equals_the_loop_and_never_recompiles_for_a_number(
+    case: OptimizerCase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    params, fused, others, loop = pair(case, lr=1e-2)
+    for step in range(6):
+        give_gradients(params, others)
+        for optimizer in (fused, loop):
+            group = optimizer.param_groups[0]
+            group["lr"] = 1e-2 / (step + 1) if step < 4 else torch.tensor(2e-3)
+            if "betas" in group:
+                group["betas"] = (0.9 - 0.01 * step, 0.99)
+            if "weight_decay" in group:
+                group["weight_decay"] = 0.1 * step
+        fused.step()
+        loop.step()
+        assert_close(params, others, rtol=1e-5, atol=1e-6)
+        for p, q in zip(params, others, strict=True):
+            assert fused.state[p].keys() == loop.state[q].keys()
+            for name, value in fused.state[p].items():
+                torch.testing.assert_close(value, loop.state[q][name], rtol=1e-5, atol=1e-6)
+        monkeypatch.setattr(torch._dynamo.config, "error_on_recompile", True)
+        monkeypatch.setattr(kernels, "_kernel", _no_new_kernel(kernels._kernel))
+
+
+def _no_new_kernel(cached: Any) -> Any:
+    """The cache of kernels, closed."""
+
+    def lookup(*key: Any) -> Any:
+        before = getattr(cached, "cache_info", lambda: None)()
+        kernel = cached(*key)
+        assert before is None or cached.cache_info().misses == before.misses
+        return kernel
+
+    return lookup
+
+
+@every_class
+def test_grad_scaler_and_low_precision(case: OptimizerCase) -> None:
+    """Unscaling, float32 arithmetic, the skipped step and the rounding are all in the kernel."""
+    params, fused, others, loop = pair(case, torch.bfloat16, lr=1e-2)
+    for step in range(3):
+        give_gradients(params, others)
+        for p in params:
+            p.grad *= 4
+        fused.grad_scale = torch.tensor(4.0)
+        fused.step()
+        loop.step()
+        assert_close(params, others, rtol=1.6e-2, atol=1e-5)
+        assert fused.state[params[0]]["step"].item() == step + 1
+    flats = [kernels.Flat.of(p, fused.state[p], by_rows=fused.by_rows) for p in params[:1]]
+    before = [x.clone() for x in (params[0].detach(), *fused.state[params[0]].values())]
+    params[0].grad.fill_(torch.inf)
+    scalars = fused.scalars(torch.tensor([4.0], dtype=torch.float64), fused.param_groups[0])
+    with torch.no_grad():
+        options: dict[str, Any] = {"maximize": False, "scale": torch.tensor(4.0), "skip": torch.tensor(True)}
+        assert kernels.step_compiled(fused.update_, flats, scalars, **options) == 1
+    for x, y in zip((params[0].detach(), *fused.state[params[0]].values()), before, strict=True):
+        assert torch.equal(x, y)
+
+
+@every_class
+@pytest.mark.parametrize("compiled", [0, 2])
+def test_without_a_compiler_it_warns_once_and_runs_the_loop(
+    case: OptimizerCase, compiled: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the first kernels still came from a cache."""
+    compiles: list[Any] = []
+
+    def backend(graph: Any, inputs: list[Tensor]) -> Any:
+        compiles.append(graph)
+        if len(compiles) > compiled:
+            raise RuntimeError("no C++ compiler")
+        return graph
+
+    compile_with = torch.compile
+    kernels._kernel.cache_clear()
+    monkeypatch.setattr(torch, "compile", lambda f, **_: compile_with(f, backend=backend, fullgraph=True, dynamic=True))
+    monkeypatch.setattr(kernels, "_uncompilable", set())
+    params, fused, others, loop = pair(case)
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", UserWarning)
+            for _ in range(3):
+                give_gradients(params, others)
+                fused.step()
+                loop.step()
+    finally:
+        kernels._kernel.cache_clear()
+    raised = [w for w in caught if "torch.compile failed" in str(w.message)]
+    assert len(raised) == 1
+    assert "no C++ compiler" in str(raised[0].message)
+    assert raised[0].filename == __file__
+    assert len(compiles) == compiled + 1
+    assert_close(params, others, rtol=1e-6, atol=1e-7)
+    assert {fused.state[p]["step"].item() for p in params} == {3.0}

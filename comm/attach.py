@@ -56,7 +56,8 @@ def attach(
         optimizer: With it, steps after a non-finite gradient on any rank are skipped for real on all ranks; and in a
             plain loop, `step()` waits for the communication by itself (not with a closure: call `wait()` in it).
         scaler: The `GradScaler` in use. Residuals are then kept in unscaled units, and the scaler sees every
-            non-finite gradient and skips the step itself.
+            non-finite gradient and skips the step itself. In a plain loop call `wait()` before `scaler.step()` (and
+            before `scaler.unscale_()`), because the scaler looks at gradients before the optimizer's hooks run.
         overlap: Plain loop: average while backward goes on, in buckets; otherwise all at once when waiting.
         bucket_mb: Plain loop: size of a bucket in MiB.
 
@@ -89,7 +90,8 @@ def attach(
     else:
         hook = LoopHandle(parameters, communicator, overlap=overlap, bucket_bytes=int(bucket_mb * 2**20))
         if optimizer is not None:
-            optimizer.register_step_pre_hook(lambda *_: hook.wait())
+            before_step = hook.wait if scaler is None or not scaler.is_enabled() else hook.check_waited
+            optimizer.register_step_pre_hook(lambda *_: before_step())
     if optimizer is not None and scaler is None:
         skip_non_finite(optimizer, communicator)
     return hook

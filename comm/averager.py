@@ -33,7 +33,8 @@ class Averager(ABC):
         self.seed = seed
         self.group, self._timeout = group, timeout
         self._ranks: Collectives | None = None
-        self._layouts: set[str] = set()
+        self._layouts: set[tuple[tuple[str, torch.Size, torch.dtype], ...]] = set()
+        self._shapes: dict[str, torch.Size] = {}
         self._step = 0
         self._dense_bytes = 0.0
         self._skipped: Tensor | int = 0
@@ -132,7 +133,9 @@ class Averager(ABC):
     def connect(self) -> Collectives:
         """Create the group of this communicator's own, once; every rank must come here at the same point."""
         if self._ranks is None:
-            self.join(Collectives(self.group, self._timeout))
+            ranks = Collectives(self.group, self._timeout)
+            self._compare([], ranks, ranks.device)  # before groups are made that another configuration does not make
+            self.join(ranks)
         assert self._ranks is not None
         return self._ranks
 
@@ -151,6 +154,7 @@ class Averager(ABC):
             steps=self._step,
             skipped=int(self._skipped),
             payload_bytes=sent.payload if sent else 0,
+            uncompressed_bytes=sent.uncompressed if sent else 0,
             bytes_sent=sent.sent if sent else 0.0,
             dense_bytes=self._dense_bytes,
             residual_norm=self._residual_norm(),
@@ -220,10 +224,8 @@ class Averager(ABC):
 
     def _agree(self, grads: Sequence[Tensor], names: Sequence[str]) -> None:
         """Compare configuration and layout over ranks, once per layout."""
-        layout = [f"{name} {tuple(g.shape)} {g.dtype}" for name, g in zip(names, grads, strict=True)]
-        text = json.dumps({"config": self.config(), "seed": self.seed, "layout": layout})
-        digest = hashlib.sha256(text.encode()).hexdigest()
-        if digest in self._layouts:
+        layout = tuple((name, grad.shape, grad.dtype) for name, grad in zip(names, grads, strict=True))
+        if layout in self._layouts:
             return
         for name, grad in zip(names, grads, strict=True):
             if not grad.is_floating_point() or grad.layout != torch.strided or grad.device != grads[0].device:
@@ -233,12 +235,24 @@ class Averager(ABC):
                 )
         if len(set(names)) != len(names):
             raise ValueError("average_: expected each name once, got duplicates.")
-        ranks, device = self.connect(), grads[0].device
-        digests = ranks.gather_bytes(digest.encode(), device)
+        for name, grad in zip(names, grads, strict=True):
+            if self._shapes.setdefault(name, grad.shape) != grad.shape:
+                raise ValueError(
+                    f"average_: expected {name!r} to stay {tuple(self._shapes[name])}, got {tuple(grad.shape)}. "
+                    "Give another tensor another name."
+                )
+        texts = [f"{name} {tuple(shape)} {dtype}" for name, shape, dtype in layout]
+        self._compare(texts, self.connect(), grads[0].device)
+        self._layouts.add(layout)
+
+    def _compare(self, layout: list[str], ranks: Collectives, device: torch.device) -> None:
+        """Raise ConfigurationError on every rank, with the first difference, unless all are configured alike."""
+        config = {"communicator": type(self).__name__} | self.config()
+        text = json.dumps({"config": config, "layout": layout})
+        digests = ranks.gather_bytes(hashlib.sha256(text.encode()).digest(), device)
         if len(set(digests)) > 1:
             texts = [json.loads(data) for data in ranks.gather_bytes(text.encode(), device)]
             raise ConfigurationError(_difference(texts))
-        self._layouts.add(digest)
 
     def _end_step(self) -> None:
         bad = self._bad
@@ -246,6 +260,8 @@ class Averager(ABC):
             self._commit(bad)
             self.found_inf = bad.to(torch.float32)
             self._skipped = self._skipped + bad.to(torch.int64)
+        elif self.found_inf is not None:  # a step without gradients
+            self.found_inf = torch.zeros_like(self.found_inf)
         self._bad = None
         self._step += 1
 
@@ -266,8 +282,6 @@ def _difference(texts: list[dict[str, Any]]) -> str:
             ours, theirs = first["config"].get(key), other["config"].get(key)
             if ours != theirs:
                 return f"average_: ranks differ in {key}: rank 0 has {ours}, rank {rank} has {theirs}."
-        if first["seed"] != other["seed"]:
-            return f"average_: ranks differ in seed: rank 0 has {first['seed']}, rank {rank} has {other['seed']}."
         for place in range(max(len(first["layout"]), len(other["layout"]))):
             ours = first["layout"][place] if place < len(first["layout"]) else "nothing"
             theirs = other["layout"][place] if place < len(other["layout"]) else "nothing"

@@ -4,13 +4,16 @@ Every rank's residuals are saved. At the same world size they come back bit for 
 from the mean over the old ranks, which is what the sum of all future steps depends on.
 """
 
+import contextlib
 import os
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict import (
@@ -37,7 +40,8 @@ def save(path: str | os.PathLike[str], **objects: Any) -> None:
     Example:
         >>> save(folder, communicator=communicator, model=model, optimizer=optimizer)  # doctest: +SKIP
     """
-    dcp_save(_state(objects), checkpoint_id=os.fspath(path))
+    with _one_process_is_fine():
+        dcp_save(_state(objects), checkpoint_id=os.fspath(path))
 
 
 def load(path: str | os.PathLike[str], **objects: Any) -> None:
@@ -51,7 +55,11 @@ def load(path: str | os.PathLike[str], **objects: Any) -> None:
         CheckpointError: a file or entry is missing (named), or a hyper-parameter of a communicator differs from the
             saved one (both values named).
     """
-    path = Path(path)
+    with _one_process_is_fine():
+        _load(Path(path), objects)
+
+
+def _load(path: Path, objects: dict[str, Any]) -> None:
     metadata = _read_metadata(path)
     communicators = {name: value for name, value in objects.items() if isinstance(value, Averager)}
     others = {name: value for name, value in objects.items() if name not in communicators}
@@ -59,11 +67,19 @@ def load(path: str | os.PathLike[str], **objects: Any) -> None:
         state = _state(others)
         try:
             dcp_load(state, checkpoint_id=os.fspath(path))
-        except Exception as error:
-            raise CheckpointError(f"load: could not read {sorted(others)} from {path}: {error}") from error
+        except (Exception, CheckpointException) as error:
+            raise CheckpointError(f"load: could not read {sorted(others)} from {path}: {_reason(error)}") from error
         _restore(others, state)
     for name, communicator in communicators.items():  # last: loading an optimizer may run its hooks
         _load_communicator(path, name, communicator, metadata.state_dict_metadata)
+
+
+@contextlib.contextmanager
+def _one_process_is_fine() -> Iterator[None]:
+    """Keep torch from warning about a single process, which is a case like any other here."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
+        yield
 
 
 def _state(objects: Mapping[str, Any]) -> dict[str, Any]:
@@ -87,6 +103,13 @@ def _restore(objects: Mapping[str, Any], state: dict[str, Any]) -> None:
             set_optimizer_state_dict(_model_of(objects, name), value, state[name])
         elif isinstance(value, dict):
             value.update(state[name])
+
+
+def _reason(error: BaseException) -> str:
+    """What went wrong, without the tracebacks of all ranks that torch puts in the message."""
+    if isinstance(error, CheckpointException):
+        return "; ".join(str(cause) for cause, _ in error.failures.values())
+    return str(error)
 
 
 def _model_of(objects: Mapping[str, Any], name: str) -> nn.Module:

@@ -4,6 +4,7 @@ All algorithms of this package speak to other ranks through these few blocking c
 thread. Anything that a backend refuses (float8, 16-bit integers) travels as uint8.
 """
 
+import contextlib
 import datetime
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,11 +28,13 @@ class Bytes:
 
     Args:
         payload: Bytes handed to collectives.
+        uncompressed: Of these, what the plan sends dense.
         sent: Bytes that the usual algorithm of each collective sends from this rank: ring all-reduce 2(n-1)/n of the
             buffer, all-gather n-1 times the message, all-to-all everything but the rank's own share.
     """
 
     payload: int = 0
+    uncompressed: int = 0
     sent: float = 0.0
 
 
@@ -55,6 +58,8 @@ class Collectives:
         self.rank, self.size = 0, 1
         self.bytes = Bytes()
         self._group: dist.ProcessGroup | None = None
+        self._timeout = timeout
+        self._parts: list[Collectives] = []
         if dist.is_available() and dist.is_initialized():
             ranks = dist.get_process_group_ranks(group if group is not None else dist.group.WORLD)
             self.rank, self.size = ranks.index(dist.get_rank()), len(ranks)
@@ -64,15 +69,23 @@ class Collectives:
         """A group of some of these ranks, given by their numbers here; only its members may call."""
         part = object.__new__(Collectives)
         part.rank, part.size = list(members).index(self.rank), len(members)
-        part.bytes, part._group = self.bytes, None
+        part.bytes, part._group, part._timeout, part._parts = self.bytes, None, self._timeout, []
         if self._group is not None:
-            mine = dist.get_process_group_ranks(self._group)
-            part._group = dist.new_group([mine[i] for i in members], use_local_synchronization=True)
+            mine = [dist.get_process_group_ranks(self._group)[i] for i in members]
+            part._group = dist.new_group(mine, timeout=self._timeout, use_local_synchronization=True)
+        self._parts.append(part)
         return part
 
-    def all_reduce_(self, x: Tensor) -> Tensor:
-        """Sum `x` over the ranks, in place."""
+    @property
+    def device(self) -> torch.device:
+        """Where a message may live whatever the gradients' device is."""
+        nccl = self._group is not None and dist.get_backend(self._group) == "nccl"
+        return torch.device("cuda", torch.cuda.current_device()) if nccl else torch.device("cpu")
+
+    def all_reduce_(self, x: Tensor, *, uncompressed: int = 0) -> Tensor:
+        """Sum `x` over the ranks, in place; of its entries, so many are sent dense by plan."""
         if self.size > 1:
+            self.bytes.uncompressed += uncompressed * x.element_size()
             self._count(x, 2 * (self.size - 1) / self.size)
             self._run(dist.all_reduce, x)
         return x
@@ -104,14 +117,16 @@ class Collectives:
         return [bytes(row[:size].tolist()) for row, size in zip(self._gather(padded), sizes, strict=True)]
 
     def fail(self, error: BaseException) -> None:
-        """Tell the other ranks of an error here: leave it in the store and close this group's connections."""
-        if self._group is not None and self.size > 1:
-            _get_default_store().set(_ERROR_KEY, f"rank {dist.get_rank()}: {type(error).__name__}: {error}")
-            dist.destroy_process_group(self._group)
-        self._group = None  # the last reference: gloo closes its sockets and waiting ranks wake with an error
+        """Tell the other ranks of an error here: leave it in the store and close all connections of this group."""
+        if self._group is not None and self.size > 1 and _first_error() is None:  # later ones only follow from it
+            with contextlib.suppress(RuntimeError):
+                _get_default_store().set(_ERROR_KEY, f"rank {dist.get_rank()}: {type(error).__name__}: {error}")
+        self.close()  # drops the last references: gloo closes its sockets and waiting ranks wake with an error
 
     def close(self) -> None:
-        """Destroy the group; call it on every rank."""
+        """Destroy the group and what was split off it; call it on every rank."""
+        for part in self._parts:
+            part.close()
         if self._group is not None and dist.is_initialized():
             dist.destroy_process_group(self._group)
         self._group = None
@@ -135,7 +150,15 @@ class Collectives:
         try:
             collective(*args, group=self._group)
         except RuntimeError as error:
-            store = _get_default_store()
-            if store.check([_ERROR_KEY]):
-                raise RuntimeError(f"Communicator: another rank failed: {store.get(_ERROR_KEY).decode()}") from error
+            if (cause := _first_error()) is not None:
+                raise RuntimeError(f"Communicator: another rank failed: {cause}") from error
             raise
+
+
+def _first_error() -> str | None:
+    """What the first rank that failed left in the store, which may itself be gone with the rank that hosts it."""
+    with contextlib.suppress(RuntimeError):
+        store = _get_default_store()
+        if store.check([_ERROR_KEY]):
+            return str(store.get(_ERROR_KEY).decode())
+    return None

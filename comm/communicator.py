@@ -107,6 +107,7 @@ class Communicator(Averager):
             "feedback": repr(self.feedback),
             "exchange": repr(self.exchange),
             "plan": repr(self.plan),
+            "seed": str(self.seed),
         }
 
     def __repr__(self) -> str:
@@ -156,7 +157,7 @@ class Communicator(Averager):
             return parts, {}, not_finite
         sent = self.compressor.decompress_rows(parts, x.shape[1], keys)
         if not self.compressor.preserves_zero:
-            sent.view(-1).index_fill_(0, padding, 0)
+            sent.view(self.workers, -1).index_fill_(1, padding, 0)
         return parts, self.feedback.update(target, sent, state), not_finite
 
     def _exchange(self, bucket: _Bucket, bundles: Sequence[Bundle], bad: Tensor) -> tuple[list[Tensor], Tensor]:
@@ -168,16 +169,15 @@ class Communicator(Averager):
         return outcome.means, outcome.bad
 
     def _reduce_dense(self, bucket: _Bucket, grads: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
-        """All-reduce what the plan sends dense, in its own dtype with the flag behind it."""
+        """All-reduce what the plan sends dense, in its own dtype."""
         any_bad = torch.zeros((), dtype=torch.bool, device=grads[0].device)
         means = []
-        for dtype, members in bucket.dense.items():
+        for members in bucket.dense.values():
             flat = torch.cat([grads[position].reshape(self.workers, -1) for position in members], dim=1)
             flat = flat.mean(dim=0) if self.workers > 1 else flat[0]
-            message = torch.cat([flat, is_bad(flat).to(dtype).view(1)])
-            total = self.connect().all_reduce_(message)
-            any_bad = any_bad | (total[-1] != 0)
-            means.append(total[:-1] / self.connect().size)
+            total = self.connect().all_reduce_(flat, uncompressed=flat.numel())
+            any_bad = any_bad | is_bad(total)  # of any rank, since inf and NaN survive addition; or of the sum itself
+            means.append(total / self.connect().size)
         return means, any_bad
 
     def _keys(self, held: RowMatrix) -> Tensor | None:
@@ -304,7 +304,11 @@ def _check_requirement(feedback: ErrorFeedback, compressor: Compressor) -> None:
     numel = 1 << 20
     name = type(feedback).__name__
     if feedback.requires == "contraction" and compressor.contraction(numel) is None:
-        remedy = "Set unbiased=False or stochastic=False, or use no feedback." if compressor.omega(numel) else ""
-        raise ValueError(f"{name}: expected a compressor that is a contraction, got {compressor!r}. {remedy}".rstrip())
+        biased = "Set unbiased=False or stochastic=False, or use" if compressor.omega(numel) else "Use another, or"
+        raise ValueError(
+            f"{name}: expected a compressor that is a contraction, got {compressor!r}. {biased} no feedback."
+        )
     if feedback.requires == "unbiased" and compressor.omega(numel) is None:
-        raise ValueError(f"{name}: expected an unbiased compressor, got {compressor!r}.")
+        raise ValueError(
+            f"{name}: expected an unbiased compressor, got {compressor!r}. Set unbiased=True or stochastic=True."
+        )

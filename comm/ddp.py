@@ -31,17 +31,29 @@ class DDPHook:
 
     # DDP inspects this signature: the parameter must be called `bucket` and the annotations be these objects.
     def _average_bucket(self, state: object, bucket: GradBucket) -> torch.futures.Future[Tensor]:
-        if isinstance(bucket, tuple):  # compiled autograd: one call per parameter, the result ignored
-            return self._average_parameter(*bucket)
+        pair: Any = bucket
+        if isinstance(pair, tuple):  # compiled autograd: one call per parameter, the result ignored
+            return self._average_parameter(*pair)  # type: ignore[no-any-return]
         names = [self._names[parameter] for parameter in bucket.parameters()]
         average = functools.partial(self._communicator.average_, bucket.gradients(), names, last=bucket.is_last())
-        return self._beside.submit(average, bucket.buffer())
+        # The reducer cannot read an exception out of a future; one raised in a callback reaches it with its text.
+        return self._beside.submit(average, bucket.buffer()).then(_result)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _average_parameter(self, grad: Tensor, parameter: Any) -> None:
         name = self._names[parameter]
+        if name in self._arrived:
+            missing = next((other for other in self._names.values() if other not in self._arrived), name)
+            raise RuntimeError(
+                "attach: expected DDP's python reducer to bring every gradient once per step, "
+                f"got none for {missing!r}. Freeze it, or use another torch._dynamo.config.optimize_ddp."
+            )
         self._arrived.add(name)
         last = len(self._arrived) == len(self._names)
         if last:
             self._arrived.clear()
         self._communicator.average_([grad], [name], last=last)
+
+
+def _result(future: torch.futures.Future[Tensor]) -> Tensor:
+    return future.wait()

@@ -58,6 +58,14 @@ class LoopHandle:
             self._missing = [len(bucket) for bucket in self._buckets]
             self._backward_ran = False
 
+    def check_waited(self) -> None:
+        """Raise RuntimeError if gradients of a backward pass are not means yet."""
+        if self._backward_ran:
+            raise RuntimeError(
+                "attach: expected the mean of the gradients before the scaler looks at them, got none yet. "
+                "With a GradScaler call wait() before scaler.step() and scaler.unscale_()."
+            )
+
     @contextlib.contextmanager
     def no_sync(self) -> Iterator[None]:
         """Backward passes inside only accumulate; use it for all but the last one before a step."""

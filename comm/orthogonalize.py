@@ -7,10 +7,12 @@ from torch import Tensor
 def cholesky_qr(p: Tensor, passes: int = 2) -> Tensor:
     """Orthonormalise the columns of `p [batch, m, r]` through the Cholesky factor of its Gram matrix.
 
-        G = P^T P + 1e-7 tr(G)/r I = L L^T;  P <- P L^-T;  twice
+        G = P^T P + 1e-12 tr(G)/r I = L L^T;  P <- P L^-T;  twice, in float64
 
-    The second pass restores the orthogonality that the first loses to conditioning. Columns that are dependent in
-    float32 come out short rather than wrong, and a zero matrix gives zeros.
+    The Gram matrix squares the condition number: in float32 the factorisation breaks down on columns that are almost
+    dependent, which gradients of low rank give; in float64 it holds for whatever float32 can tell apart. The second
+    pass restores the orthogonality that the first loses. Columns that are dependent beyond that come out short rather
+    than wrong, and a zero matrix gives zeros.
 
     Cost:
         Two products with an r x r matrix and two r x r factorisations per pass.
@@ -21,15 +23,17 @@ def cholesky_qr(p: Tensor, passes: int = 2) -> Tensor:
         True
 
     Reference:
-        Yamamoto, Nakatsukasa, Yanagisawa, Fukaya. Roundoff error analysis of the CholeskyQR2 algorithm. ETNA 2015.
+        Yamamoto, Nakatsukasa, Yanagisawa, Fukaya. Roundoff error analysis of the CholeskyQR2 algorithm. ETNA 2015;
+        mixed precision: Yamazaki, Tomov, Dongarra. Mixed-precision Cholesky QR factorization. SISC 2015.
     """
+    q = p.to(torch.float64)
     for _ in range(passes):
-        gram = p.mT @ p
-        jitter = gram.diagonal(dim1=-2, dim2=-1).mean(-1) * 1e-7 + torch.finfo(p.dtype).tiny
-        gram.diagonal(dim1=-2, dim2=-1).add_(jitter[..., None])
+        gram = q.mT @ q
+        shift = gram.diagonal(dim1=-2, dim2=-1).mean(-1) * 1e-12 + torch.finfo(q.dtype).tiny
+        gram.diagonal(dim1=-2, dim2=-1).add_(shift[..., None])
         factor, _ = torch.linalg.cholesky_ex(gram)
-        p = torch.linalg.solve_triangular(factor, p.mT, upper=False).mT
-    return p
+        q = torch.linalg.solve_triangular(factor, q.mT, upper=False).mT
+    return q.to(p.dtype)
 
 
 def newton_schulz(p: Tensor, steps: int = 16) -> Tensor:

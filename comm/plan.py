@@ -38,7 +38,8 @@ class Plan:
         for name, value in (("min_ndim", self.min_ndim), ("min_numel", self.min_numel)):
             if value < 0:
                 raise ValueError(f"Plan: expected {name} >= 0, got {name}={value}.")
-        for name, patterns in (("dense", self.dense), ("compress", self.compress)):
+        given: tuple[tuple[str, object], ...] = (("dense", self.dense), ("compress", self.compress))
+        for name, patterns in given:
             if isinstance(patterns, str):
                 raise ValueError(f"Plan: expected a tuple of patterns for {name}, got the string {patterns!r}.")
 

@@ -1,6 +1,7 @@
 """`PowerSGD`: low-rank averaging in two rounds."""
 
 import datetime
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -43,7 +44,7 @@ class PowerSGD(Averager):
     """Average matrices by one step of power iteration, with error feedback and a warm start.
 
         M_i = G_i + E_i;  P = mean_i M_i Q;  P <- orthonormal(P);  Q_i = M_i^T P;  Q = mean_i Q_i
-        estimate = P Q^T;  E_i <- M_i - P Q_i^T
+        estimate = P Q^T;  E_i <- M_i - P Q_i^T;  next Q = the columns of Q over their norms
 
     A tensor of more than two dimensions is the matrix of its first dimension against the rest. What is not worth it
     travels dense in the first round's buffer.
@@ -78,7 +79,8 @@ class PowerSGD(Averager):
 
     Differences from the paper:
         Orthogonalisation by Cholesky-QR or Newton-Schulz in float32 in place of Gram-Schmidt; both span the same
-        columns.
+        columns. The warm start keeps directions only: columns of unit length, and where a column is zero the last one.
+        Otherwise one gradient of zeros, or of a lower rank than r, would leave columns of Q at zero for good.
     """
 
     def __init__(
@@ -118,6 +120,7 @@ class PowerSGD(Averager):
             "min_compression_rate": str(self.min_compression_rate),
             "orthogonalization": self.orthogonalization,
             "plan": repr(self.plan),
+            "seed": str(self.seed),
         }
 
     def __repr__(self) -> str:
@@ -134,17 +137,16 @@ class PowerSGD(Averager):
             for batch in bucket.batches
         ]
         dense = [grads[position] for position in bucket.dense]
-        bad = torch.stack([is_bad(x) for x in targets + dense]).any()
-
         first = [target @ batch.q for target, batch in zip(targets, bucket.batches, strict=True)]
-        means, bad = self._mean(first + dense, bad)
+        means, bad = self._mean(first, dense)
         bases = [orthonormal(p) for p in means[: len(first)]]
         second = [target.mT @ basis for target, basis in zip(targets, bases, strict=True)]
-        factors, bad = self._mean(second, bad)
+        factors, overflow = self._mean(second, [])
 
+        bad = bad | overflow
         poison = torch.where(bad, torch.nan, 1.0)
         for batch, target, basis, own, factor in zip(bucket.batches, targets, bases, second, factors, strict=True):
-            batch.staged = (torch.baddbmm(target, basis, own.mT, alpha=-1), factor)
+            batch.staged = (torch.baddbmm(target, basis, own.mT, alpha=-1), _directions(factor, batch.q))
             estimate = basis @ factor.mT * (scale * poison)
             for position, matrix in zip(batch.positions, estimate, strict=True):
                 grads[position].copy_(matrix.view(grads[position].shape))
@@ -152,18 +154,20 @@ class PowerSGD(Averager):
             grads[position].copy_(mean * poison)
         return bad
 
-    def _mean(self, tensors: Sequence[Tensor], bad: Tensor) -> tuple[list[Tensor], Tensor]:
-        """All-reduce the tensors and the flag in one buffer; means in the tensors' shapes."""
+    def _mean(self, factors: Sequence[Tensor], dense: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
+        """All-reduce the tensors in one buffer: means in the tensors' shapes, and whether any entry is not finite.
+
+        What is not finite on any rank is not finite in the sum: inf and NaN survive products with Q and addition.
+        """
+        tensors = [*factors, *dense]
         if not tensors:
-            return [], bad
-        dtype = torch.float32
-        for tensor in tensors:
-            dtype = torch.promote_types(dtype, tensor.dtype)
-        message = torch.cat([*(tensor.reshape(-1).to(dtype) for tensor in tensors), bad.to(dtype).view(1)])
-        total = self.connect().all_reduce_(message)
-        runs = torch.split(total[:-1] / self.connect().size, [tensor.numel() for tensor in tensors])
-        means = [run.view(tensor.shape) for run, tensor in zip(runs, tensors, strict=True)]
-        return means, (total[-1] != 0) | is_bad(total)
+            return [], torch.zeros((), dtype=torch.bool)
+        dtype = functools.reduce(torch.promote_types, (tensor.dtype for tensor in tensors), torch.float32)
+        message = torch.cat([tensor.reshape(-1).to(dtype) for tensor in tensors])
+        total = self.connect().all_reduce_(message, uncompressed=sum(tensor.numel() for tensor in dense))
+        runs = torch.split(total / self.connect().size, [tensor.numel() for tensor in tensors])
+        means = [run.view(tensor.shape).to(tensor.dtype) for run, tensor in zip(runs, tensors, strict=True)]
+        return means, is_bad(total)
 
     # State.
 
@@ -247,3 +251,9 @@ class PowerSGD(Averager):
             for batch in bucket.batches
         ]
         return math.sqrt(sum(squares))
+
+
+def _directions(factor: Tensor, last: Tensor) -> Tensor:
+    """Columns of `factor [batch, n, r]` of unit length, those of `last` where a column is zero."""
+    norm = torch.linalg.vector_norm(factor, dim=-2, keepdim=True)
+    return torch.where(norm > 0, factor / norm, last)

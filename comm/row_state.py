@@ -65,8 +65,8 @@ class RowState:
         spans: dict[str, list[tuple[int, int, Tensor]]] = {}
         for key, value in known.items():
             tensor, _, span = key.rpartition("/")
-            first, _, last = span.partition(":")
-            spans.setdefault(tensor, []).append((int(first), int(last), value))
+            start, stop = map(int, span.split(":"))
+            spans.setdefault(tensor, []).append((start, stop, value))
         for state, piece, view in self._pieces():
             for first, last, value in spans.get(f"{state}/{piece.name}", []):
                 if first <= piece.first and piece.last <= last:

@@ -13,6 +13,7 @@ class Stats:
         steps: Finished steps, skipped ones included; a checkpoint restores them.
         skipped: Steps skipped because a gradient was not finite on some rank; a checkpoint restores them.
         payload_bytes: Bytes handed to collectives, from the real buffers.
+        uncompressed_bytes: Of these, what the plan sends dense.
         bytes_sent: Bytes that the collectives' usual algorithms send from this rank for those buffers.
         dense_bytes: What a ring all-reduce of the uncompressed gradients would have sent in its place.
         residual_norm: Euclidean norm of this rank's residual, 0 without feedback.
@@ -21,6 +22,7 @@ class Stats:
     steps: int
     skipped: int
     payload_bytes: int
+    uncompressed_bytes: int
     bytes_sent: float
     dense_bytes: float
     residual_norm: float

@@ -20,7 +20,7 @@ class Simulated(Exchange):
         workers: Number of simulated workers, >= 1.
 
     Cost:
-        One batched compression and n decompressions; no communication. Counted as an all-gather would be.
+        One batched compression and n decompressions. Nothing is sent; `payload_bytes` counts all workers' payloads.
 
     State:
         None of its own; feedback keeps n times its state.

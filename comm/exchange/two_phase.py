@@ -76,7 +76,9 @@ class TwoPhase(Exchange):
                 f"{compressor!r}, got {second!r} with {second.row_width(shape)}. Set its width, block or chunk."
             )
         if second.randomness == "shared":
-            raise ValueError(f"TwoPhase: expected a second compressor without shared randomness, got {second!r}.")
+            raise ValueError(
+                f"TwoPhase: expected a second compressor without shared randomness, got {second!r}. Set second."
+            )
 
     def mean(self, compressor: Compressor, bundles: Sequence[Bundle], bad: Tensor) -> Outcome:
         """Phase 1, the mean of the own shard, phase 2."""

@@ -12,16 +12,15 @@ from torch import Tensor
 
 from gradwire.comm.averager import Averager
 from gradwire.comm.collectives import Collectives
+from gradwire.comm.encoder import Encoder, encode_kernel, is_bad
 from gradwire.comm.exchange import AllGather, AllReduce, Exchange
-from gradwire.comm.exchange.base import Bundle, is_bad
+from gradwire.comm.exchange.base import Bundle
 from gradwire.comm.feedback import ErrorFeedback, NoFeedback
-from gradwire.comm.feedback.base import State
 from gradwire.comm.plan import Plan
 from gradwire.comm.row_matrix import RowMatrix
 from gradwire.comm.row_state import RowState
 from gradwire.compression import counter_rng
 from gradwire.compression.base import Compressor
-from gradwire.compression.fused import fuse
 
 
 @dataclass
@@ -30,6 +29,7 @@ class _Bucket:
 
     matrices: list[RowMatrix]
     states: list[RowState]
+    encoders: list[Encoder]
     dense: dict[torch.dtype, list[int]]
 
 
@@ -98,7 +98,8 @@ class Communicator(Averager):
         self.workers = self.exchange.workers
         self._buckets: dict[tuple[str, ...], _Bucket] = {}
         self._loaded: dict[str, Tensor] = {}
-        self._encode = fuse(self._encode_rows) if fused else self._encode_rows
+        self._kernel = encode_kernel(compressor, self.feedback, fused=fused)
+        self._fused = fused
 
     def config(self) -> dict[str, str]:
         """Hyper-parameters by name, as text."""
@@ -121,13 +122,14 @@ class Communicator(Averager):
         dense, bad = self._reduce_dense(bucket, grads)
 
         bundles = []
-        for matrix, state in zip(bucket.matrices, bucket.states, strict=True):
+        for matrix, state, encoder in zip(bucket.matrices, bucket.states, bucket.encoders, strict=True):
             held = self.exchange.held(matrix)
             x = self.exchange.enter(matrix, matrix.load(grads, 1.0 / scale))
             keys = self._keys(held)
-            parts, own, not_finite = self._encode(x, state.feedback, held.dtype, keys, held.padding)
+            parts, not_finite = encoder.encode(x, keys, state.feedback, state.begin())
+            if not self.compressor.preserves_zero:
+                state.clear_padding()
             bundles.append(Bundle(held, parts, keys, state.exchange))
-            state.stage(own)
             bad = bad | not_finite
 
         means, bad = self._exchange(bucket, bundles, bad)
@@ -145,20 +147,6 @@ class Communicator(Averager):
         for mean, members in zip(dense, bucket.dense.values(), strict=True):
             _unflatten(mean * _poisoned(1.0, bad), grads, members)
         return bad
-
-    def _encode_rows(
-        self, x: Tensor, state: State, dtype: torch.dtype, keys: Tensor | None, padding: Tensor
-    ) -> tuple[tuple[Tensor, ...], dict[str, Tensor], Tensor]:
-        """Compensate, compress, update: the part that `fused` compiles into one kernel."""
-        target = self.feedback.compensate(x, state)
-        not_finite = is_bad(target)
-        parts = self.compressor.compress_rows(target, dtype, keys)
-        if not self.feedback.state:
-            return parts, {}, not_finite
-        sent = self.compressor.decompress_rows(parts, x.shape[1], keys)
-        if not self.compressor.preserves_zero:
-            sent.view(self.workers, -1).index_fill_(1, padding, 0)
-        return parts, self.feedback.update(target, sent, state), not_finite
 
     def _exchange(self, bucket: _Bucket, bundles: Sequence[Bundle], bad: Tensor) -> tuple[list[Tensor], Tensor]:
         if not bundles:
@@ -235,11 +223,17 @@ class Communicator(Averager):
             )
             for (dtype, width), members in compressed.items()
         ]
-        states = []
+        states, encoders = [], []
         for matrix in matrices:
             held = self.exchange.held(matrix)
             states.append(RowState(held, self.feedback.state, self.exchange.owned(held), self.exchange.state))
-        return _Bucket(matrices, states, dense)
+            encoders.append(self._encoder(held))
+        return _Bucket(matrices, states, encoders, dense)
+
+    def _encoder(self, held: RowMatrix) -> Encoder:
+        layout = self.compressor.layout(held.width, held.dtype)
+        rows = held.workers * held.rows
+        return Encoder(self._kernel, layout, rows, held.width, held.dtype, held.device, fused=self._fused)
 
     def _keep_for_later(self, rows: dict[str, Tensor]) -> None:
         """Remember state tensors of parameters that no bucket holds."""

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gradwire.comm.averager import Averager
 from gradwire.comm.collectives import Collectives
-from gradwire.comm.exchange.base import is_bad
+from gradwire.comm.encoder import is_bad
 from gradwire.comm.orthogonalize import cholesky_qr, newton_schulz
 from gradwire.comm.plan import Plan
 from gradwire.compression import counter_rng

@@ -34,11 +34,23 @@ class RowState:
     ) -> None:
         self._held, self._owned = held, owned
         self.feedback = {tensor.name: _zeros(held, tensor) for tensor in feedback}
+        self._next = {tensor.name: _zeros(held, tensor) for tensor in feedback if not tensor.replicated}
         self.exchange = {tensor.name: _zeros(owned, tensor) for tensor in exchange}
+        self._begun = False
         self._staged: list[tuple[dict[str, Tensor], Mapping[str, Tensor]]] = []
 
+    def begin(self) -> dict[str, Tensor]:
+        """Where the coming values of the rank's own feedback state are to be written."""
+        self._begun = True
+        return self._next
+
+    def clear_padding(self) -> None:
+        """Set the padding of the coming values to zero, for compressors that leave something there."""
+        for value in self._next.values():
+            self._held.clear_padding_(value)
+
     def stage(self, new: Mapping[str, Tensor]) -> None:
-        """New values of the feedback's state."""
+        """New values of the feedback's replicated state."""
         self._staged.append((self.feedback, new))
 
     def stage_exchange(self, new: Mapping[str, Tensor]) -> None:
@@ -46,15 +58,22 @@ class RowState:
         self._staged.append((self.exchange, new))
 
     def commit(self, bad: Tensor) -> None:
-        """Take the staged values over unless `bad`; on an accelerator without asking the host."""
+        """Take the coming values over unless `bad`; on an accelerator without asking the host."""
+        on_host = bad.device.type == "cpu"
+        if self._begun and on_host and not bool(bad):
+            for name, value in self._next.items():
+                self.feedback[name], self._next[name] = value, self.feedback[name]
+        elif self._begun and not on_host:
+            for name, value in self._next.items():
+                torch.where(bad, self.feedback[name], value, out=self.feedback[name])
         for current, new in self._staged:
             for name, value in new.items():
                 value = value.to(current[name].dtype)
-                if bad.device.type != "cpu":
+                if not on_host:
                     torch.where(bad, current[name], value, out=current[name])
                 elif not bool(bad):
                     current[name] = value
-        self._staged = []
+        self._begun, self._staged = False, []
 
     def rows(self) -> dict[str, Tensor]:
         """Views `[workers, rows, width]` by key `state/parameter/first:last`."""

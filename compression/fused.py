@@ -1,6 +1,7 @@
 """`fuse`: compile a function of tensors so that it gives what it gives uncompiled."""
 
 import functools
+import types
 import warnings
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar
@@ -18,7 +19,7 @@ def fuse(function: Callable[P, T]) -> Callable[P, T]:
     a kernel, and a residual would miss what the payload lost. Where there is no working compiler the function runs as
     it is, after one warning.
     """
-    compiled = torch.compile(function, options={"emulate_precision_casts": True})
+    compiled = torch.compile(_copy(function), options={"emulate_precision_casts": True})
     works = True
 
     @functools.wraps(function)
@@ -34,3 +35,13 @@ def fuse(function: Callable[P, T]) -> Callable[P, T]:
         return function(*args, **kwargs)
 
     return call
+
+
+def _copy(function: Callable[P, T]) -> Callable[P, T]:
+    """The function with a code object of its own: Dynamo gives up, silently, at the 8th variant of one code object."""
+    plain = getattr(function, "__func__", function)
+    own = types.FunctionType(
+        plain.__code__.replace(), plain.__globals__, plain.__name__, plain.__defaults__, plain.__closure__
+    )
+    bound: Callable[P, T] = own if plain is function else types.MethodType(own, function.__self__)  # type: ignore[attr-defined]
+    return bound

@@ -4,7 +4,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
 from gradwire.comm.collectives import Collectives
@@ -111,11 +110,3 @@ def decompress_mean(compressor: Compressor, parts: Sequence[Tensor], width: int,
     for rank in range(1, size):
         total += compressor.decompress_rows(tuple(part[rank] for part in parts), width, keys)
     return total.div_(size) if size > 1 else total
-
-
-def is_bad(x: Tensor) -> Tensor:
-    """0-d bool: whether any entry is inf or NaN, in one pass and without a temporary."""
-    if x.numel() == 0:
-        return torch.zeros((), dtype=torch.bool, device=x.device)
-    low, high = torch.aminmax(x)  # both are NaN if an entry is; ten times quicker on a CPU than isfinite(x).all()
-    return ~(torch.isfinite(low) & torch.isfinite(high))

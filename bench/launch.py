@@ -1,0 +1,36 @@
+"""One process or many: the same code under torchrun, another launcher that sets its variables, or none."""
+
+import contextlib
+import os
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore
+
+
+@contextlib.contextmanager
+def process_group() -> Iterator[torch.device]:
+    """The default process group, NCCL and CUDA where there is a GPU, else gloo and CPU; yields this rank's device.
+
+    Without a launcher it is a group of one. On an error the group is left as it is: the launcher ends the other ranks,
+    and waiting for them here could hang.
+    """
+    alone = "WORLD_SIZE" not in os.environ
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if torch.cuda.is_available():
+        device = torch.device("cuda", local_rank % torch.cuda.device_count())
+        torch.cuda.set_device(device)
+        backend = "cpu:gloo,cuda:nccl"  # gloo beside it for what lives on the host, such as checkpoints
+    else:
+        device, backend = torch.device("cpu"), "gloo"
+    if not alone and "OMP_NUM_THREADS" not in os.environ:
+        # Ranks that share a machine would fight over its cores.
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+    if alone:
+        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
+    else:
+        dist.init_process_group(backend)
+    yield device
+    dist.barrier()  # gloo may abort a rank that still talks to one which has gone
+    dist.destroy_process_group()

@@ -30,14 +30,16 @@ def encode_kernel(compressor: Compressor, feedback: ErrorFeedback, *, fused: boo
         out: Mapping[str, Tensor],
     ) -> Tensor:
         target = feedback.compensate(x, state)
-        bad = is_bad(target)
-        made = compressor.compress_rows(target, dtype, keys)
-        for part, new in zip(parts, made, strict=True):
-            part.copy_(new)
+        # Most payloads show by themselves, after the exchange, what was not finite; that saves a pass.
+        bad = is_bad(target if not compressor.carries_non_finite else target[:0])
         if out:
-            sent = compressor.decompress_rows(made, x.shape[1], keys)
+            made, sent = compressor.compress_rows_with_sent(target, dtype, keys)
             for name, new in feedback.update(target, sent, state).items():
                 out[name].copy_(new)
+        else:
+            made = compressor.compress_rows(target, dtype, keys)
+        for part, new in zip(parts, made, strict=True):
+            part.copy_(new)
         return bad
 
     return fuse(encode) if fused else encode

@@ -88,6 +88,11 @@ class Compressor(ABC):
         return "none"
 
     @property
+    def carries_non_finite(self) -> bool:
+        """Whether a row with an inf or NaN decompresses to one with an inf or NaN; if not, the sender must look."""
+        return False
+
+    @property
     def preserves_zero(self) -> bool:
         """Whether a zero entry decompresses to zero; if not, whoever adds rows clears the padding of the last one."""
         return True
@@ -123,6 +128,16 @@ class Compressor(ABC):
     @abstractmethod
     def decompress_rows(self, parts: tuple[Tensor, ...], width: int, keys: Tensor | None = None) -> Tensor:
         """Rebuild `[rows, width]` in float32 or float64: a new tensor, which the caller may overwrite."""
+
+    def compress_rows_with_sent(
+        self, x: Tensor, dtype: torch.dtype, keys: Tensor | None = None
+    ) -> tuple[tuple[Tensor, ...], Tensor]:
+        """Compress each row, and give what `decompress_rows` makes of it, to the bit, as a new tensor.
+
+        Error feedback needs both. Override it where the second is at hand before packing.
+        """
+        parts = self.compress_rows(x, dtype, keys)
+        return parts, self.decompress_rows(parts, x.shape[1], keys)
 
     def check_parts(self, parts: tuple[Tensor, ...], width: int) -> None:  # noqa: B027  (most parts may hold any value)
         """Raise ValueError where parts of the right dtype and shape hold what `compress_rows` never gives.

@@ -3,17 +3,14 @@
 Value i of a row stands in bits [i * bits, (i + 1) * bits) of the row, bit j being bit j % 8 of byte j // 8
 (little-endian order), and each row is padded to a whole byte. So rows can be cut, joined and sent on their own.
 
-Widths 1, 2 and 4 treat the 8 / bits values of one byte as one machine word: packing is a multiplication and a shift of
-that word, unpacking a few shifts of it or, for single bits, a look-up. They run at the speed of memory, eager, on CPU
-and CUDA (hosts are little-endian). Other widths assemble the bytes of one group of values, at most 15, in turn.
+All groups of values that fill whole bytes are assembled at once, one of their bytes (15 at most) after the other. This
+is for positions, one in a hundred entries. Every entry's 1, 2 or 4 bits are packed faster in `planes`.
 """
 
 import math
 
 import torch
 from torch import Tensor
-
-_WORD = {1: torch.int64, 2: torch.int32, 4: torch.int16}  # bits -> word that holds one byte's values, a byte each
 
 
 def packed_columns(columns: int, bits: int) -> int:
@@ -42,7 +39,7 @@ def pack(values: Tensor, bits: int) -> Tensor:
         values = torch.nn.functional.pad(values, (0, -columns % per_group))
     if bits == 8:
         return values
-    packed = _pack_word(values, bits) if bits in _WORD else _pack_group(values, bits)
+    packed = _pack_group(values, bits)
     return packed[:, : packed_columns(columns, bits)].contiguous()
 
 
@@ -55,62 +52,13 @@ def unpack(packed: Tensor, columns: int, bits: int, dtype: torch.dtype = torch.i
     """
     if bits == 8:
         return packed.to(dtype)
-    if bits == 1:
-        values = _look_up(packed, _bits_of_bytes(packed.device))
-    elif bits in _WORD:
-        values = _unpack_word(packed, bits)
-    else:
-        values = _unpack_group(packed, bits)
+    values = _unpack_group(packed, bits)
     return values[:, :columns].to(dtype)
-
-
-def pack_signs(x: Tensor) -> Tensor:
-    """One bit per entry of `x` `[rows, width]`, 1 for x >= 0: uint8 `[rows, ceil(width / 8)]`."""
-    return pack(x >= 0, 1)
-
-
-def unpack_signs(packed: Tensor, width: int, dtype: torch.dtype) -> Tensor:
-    """Inverse of `pack_signs`: `[rows, width]` of +1 and -1."""
-    signs = _bits_of_bytes(packed.device) * 2 - 1
-    return _look_up(packed, signs)[:, :width].to(dtype)
 
 
 def _values_per_group(bits: int) -> int:
     """Values in the shortest run that fills whole bytes."""
     return 8 // math.gcd(bits, 8)
-
-
-def _pack_word(values: Tensor, bits: int) -> Tensor:
-    """Gather the values of a word, one in each byte, in the word's top byte by one multiplication.
-
-    Byte i of n moves up by 8 (n - 1) - (8 - bits) i. No two products of the multiplication meet, so nothing carries.
-    """
-    per_byte = 8 // bits
-    factor = sum(1 << (8 * (per_byte - 1) - (8 - bits) * i) for i in range(per_byte))
-    words = values.reshape(-1).view(_WORD[bits]) * factor
-    packed = words.bitwise_right_shift_(8 * (per_byte - 1)).to(torch.uint8)
-    return packed.view(values.shape[0], values.shape[1] // per_byte)
-
-
-def _unpack_word(packed: Tensor, bits: int) -> Tensor:
-    """Spread the values of each byte over the bytes of a word: `[rows, 8 / bits * bytes]`."""
-    word = packed.to(_WORD[bits])
-    spread = word.clone()
-    for i in range(1, 8 // bits):
-        spread |= word << (8 - bits) * i
-    spread &= sum((1 << bits) - 1 << 8 * i for i in range(8 // bits))
-    return spread.view(torch.uint8)
-
-
-def _bits_of_bytes(device: torch.device) -> Tensor:
-    """The bits of every byte: int8 `[256, 8]`."""
-    return (torch.arange(256, device=device)[:, None] >> torch.arange(8, device=device) & 1).to(torch.int8)
-
-
-def _look_up(packed: Tensor, table: Tensor) -> Tensor:
-    """Replace each byte by its row of an int8 table `[256, 8]`, moved as one word: `[rows, 8 * bytes]`."""
-    words = table.view(torch.int64).view(1, 256).expand(packed.shape[0], 256)
-    return words.gather(1, packed.long()).view(torch.int8)
 
 
 def _pack_group(values: Tensor, bits: int) -> Tensor:

@@ -71,6 +71,11 @@ class BlockQuantize(Compressor):
         """L, the largest level."""
         return (1 << self.bits - 1) - 1
 
+    @property
+    def carries_non_finite(self) -> bool:
+        """The scale is the largest magnitude over L."""
+        return True
+
     def row_width(self, shape: torch.Size) -> int:
         """One block."""
         return self.block
@@ -81,14 +86,25 @@ class BlockQuantize(Compressor):
 
     def compress_rows(self, x: Tensor, dtype: torch.dtype, keys: Tensor | None = None) -> tuple[Tensor, ...]:
         """Scale, round, pack; a row is a block whatever its width."""
+        levels, scale = self._round(x, keys)
+        return pack_planes(levels + self._levels, self.bits), scale
+
+    def compress_rows_with_sent(
+        self, x: Tensor, dtype: torch.dtype, keys: Tensor | None = None
+    ) -> tuple[tuple[Tensor, ...], Tensor]:
+        """Undo the scaling before levels are packed."""
+        levels, scale = self._round(x, keys)
+        return (pack_planes(levels + self._levels, self.bits), scale), levels * scale
+
+    def _round(self, x: Tensor, keys: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Levels -L..L `[rows, width]` and scales `[rows, 1]`, float32."""
         x = x.float()
         scale = x.abs().amax(dim=1, keepdim=True) / self._levels
         # Division, since the reciprocal of a scale below 3e-39 is infinite; a scale of zero divides nothing.
         scaled = x / torch.where(scale == 0, torch.inf, scale)
         level = stochastic_round(scaled, keys) if self.stochastic else scaled.round()
         # A scale with few bits left (below 1e-38) can put the largest entry beyond the last level.
-        codes = level.clamp(-self._levels, self._levels) + self._levels
-        return pack_planes(codes, self.bits), scale
+        return level.clamp(-self._levels, self._levels), scale
 
     def decompress_rows(self, parts: tuple[Tensor, ...], width: int, keys: Tensor | None = None) -> Tensor:
         """Unpack, undo the scaling."""

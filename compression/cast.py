@@ -72,6 +72,11 @@ class Cast(Compressor):
         return "gather" if self._scaled else "sum"
 
     @property
+    def carries_non_finite(self) -> bool:
+        """Every value travels, or makes its row's scale inf or NaN."""
+        return True
+
+    @property
     def _scaled(self) -> bool:
         return self._format.bits == 8
 

@@ -67,6 +67,11 @@ class Chain(Compressor):
         return "shared" if "shared" in kinds else "private" if "private" in kinds else "none"
 
     @property
+    def carries_non_finite(self) -> bool:
+        """If both do."""
+        return self.first.carries_non_finite and self.second.carries_non_finite
+
+    @property
     def preserves_zero(self) -> bool:
         """If both do."""
         return self.first.preserves_zero and self.second.preserves_zero

@@ -51,6 +51,11 @@ class Identity(Compressor):
         """Values may be added before decompression."""
         return "sum"
 
+    @property
+    def carries_non_finite(self) -> bool:
+        """Every value travels."""
+        return True
+
     def row_width(self, shape: torch.Size) -> int:
         """Rows of `width` entries whatever the shape."""
         return self.width

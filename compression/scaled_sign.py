@@ -56,6 +56,11 @@ class ScaledSign(Compressor):
         """One bit has no zero."""
         return False
 
+    @property
+    def carries_non_finite(self) -> bool:
+        """The scale is the mean of all entries."""
+        return True
+
     def row_width(self, shape: torch.Size) -> int:
         """Rows of `width` entries whatever the shape."""
         return self.width
@@ -67,6 +72,14 @@ class ScaledSign(Compressor):
     def compress_rows(self, x: Tensor, dtype: torch.dtype, keys: Tensor | None = None) -> tuple[Tensor, ...]:
         """Take the mean of magnitudes, which unlike their root mean square contracts on sparse rows too."""
         return pack_planes(x >= 0, 1), x.abs().mean(dim=1, keepdim=True).float()
+
+    def compress_rows_with_sent(
+        self, x: Tensor, dtype: torch.dtype, keys: Tensor | None = None
+    ) -> tuple[tuple[Tensor, ...], Tensor]:
+        """Attach the signs to the scale before they are packed."""
+        scale = x.abs().mean(dim=1, keepdim=True).float()
+        positive = x >= 0
+        return (pack_planes(positive, 1), scale), positive.to(scale.dtype).mul(2).sub(1).mul(scale)
 
     def decompress_rows(self, parts: tuple[Tensor, ...], width: int, keys: Tensor | None = None) -> Tensor:
         """Plus or minus the scale."""

@@ -15,30 +15,39 @@ _BLOCK_ENTRIES = 1 << 21  # 8 MiB of float32: a block of rows is still in the ca
 
 
 def topk_indices(x: Tensor, k: int) -> Tensor:
-    """Indices of the k entries of largest magnitude in each row of `[rows, width]`: int64 `[rows, k]`, in no order.
-
-    On the CPU, `torch.topk` costs several nanoseconds an entry. But the k largest entries lie in the k groups with the
-    largest maxima, and maxima of strided groups are vector instructions. So it is asked for the k best of the width / g
-    groups, and then for the k best of their g k entries. Exact up to ties; the work is least at g = sqrt(width / k).
-    """
+    """Indices of the k entries of largest magnitude in each row of `[rows, width]`: int64 `[rows, k]`, in no order."""
     width = x.shape[1]
     group = 1 << math.ceil(math.log2(width / k) / 2)
     if x.device.type != "cpu" or group < 4 or width % group:
         return x.abs().topk(k, sorted=False).indices
-    blocks = (x,) if torch.compiler.is_compiling() else torch.split(x, max(1, _BLOCK_ENTRIES // width))
-    return torch.cat([_topk_of_groups(block, k, group) for block in blocks])
+    indices: Tensor = _grouped_topk(x, k, group)
+    return indices
 
 
-def _topk_of_groups(x: Tensor, k: int, group: int) -> Tensor:
-    """`topk_indices` by way of the maxima of groups of entries i, i + width / group, i + 2 width / group, ..."""
-    rows, width = x.shape
-    grouped = x.reshape(rows, group, width // group)
-    maxima = torch.maximum(grouped.amax(1), -grouped.amin(1))
-    best_groups = _order(maxima).topk(k, sorted=False).indices
-    first_of_row = torch.arange(0, width, width // group, device=x.device)
-    candidates = (best_groups[:, None, :] + first_of_row[:, None]).flatten(1)
-    best = _order(x.gather(1, candidates)).topk(k, sorted=False).indices
-    return candidates.gather(1, best)
+@torch.library.custom_op("gradwire::grouped_topk", mutates_args=())  # opaque: a compiler can only make it slower
+def _grouped_topk(x: Tensor, k: int, group: int) -> Tensor:
+    """`topk_indices` on the CPU, where `torch.topk` costs several nanoseconds an entry.
+
+    The k largest entries lie in the k groups with the largest maxima, and maxima of strided groups are vector
+    instructions. So `torch.topk` is asked for the k best of the width / group groups, and then for the k best of their
+    group k entries. Exact up to ties; the work is least at group = sqrt(width / k).
+    """
+    groups = x.shape[1] // group
+    first_of_row = torch.arange(0, x.shape[1], groups)[:, None]
+    found = []
+    for block in torch.split(x, max(1, _BLOCK_ENTRIES // x.shape[1])):
+        grouped = block.reshape(-1, group, groups)
+        maxima = torch.maximum(grouped.amax(1), -grouped.amin(1))  # two passes, but no temporary of the block's size
+        best_groups = _order(maxima).topk(k, sorted=False).indices
+        candidates = (best_groups[:, None, :] + first_of_row).flatten(1)
+        best = _order(block.gather(1, candidates)).topk(k, sorted=False).indices
+        found.append(candidates.gather(1, best))
+    return torch.cat(found)
+
+
+@_grouped_topk.register_fake
+def _(x: Tensor, k: int, group: int) -> Tensor:
+    return x.new_empty((x.shape[0], k), dtype=torch.int64)
 
 
 def _order(x: Tensor) -> Tensor:
@@ -63,15 +72,33 @@ class RowTopK(Compressor):
             indices = Part("indices", torch.uint8, bits.packed_columns(k, index_bits))
         return Part("values", dtype, k), indices
 
+    @property
+    def carries_non_finite(self) -> bool:
+        """Inf and NaN are the largest, so they are kept."""
+        return True
+
     def compress_rows(self, x: Tensor, dtype: torch.dtype, keys: Tensor | None = None) -> tuple[Tensor, ...]:
         """Select, gather and pack."""
-        width = x.shape[1]
-        indices = topk_indices(x, self.kept(width))
-        values = x.gather(1, indices).to(dtype)
-        index_part = self.layout(width, dtype)[1]
-        if index_part.dtype == torch.uint8:
-            return values, bits.pack(indices, _index_bits(width))
-        return values, indices.to(index_part.dtype)
+        values, indices = self._select(x, dtype)
+        return values, self._pack(indices, x.shape[1], dtype)
+
+    def compress_rows_with_sent(
+        self, x: Tensor, dtype: torch.dtype, keys: Tensor | None = None
+    ) -> tuple[tuple[Tensor, ...], Tensor]:
+        """Scatter before positions are packed."""
+        values, indices = self._select(x, dtype)
+        sent = torch.zeros_like(x).scatter_(1, indices, values.to(x.dtype))
+        return (values, self._pack(indices, x.shape[1], dtype)), sent
+
+    def _select(self, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        indices = topk_indices(x, self.kept(x.shape[1]))
+        return x.gather(1, indices).to(dtype), indices
+
+    def _pack(self, indices: Tensor, width: int, dtype: torch.dtype) -> Tensor:
+        part = self.layout(width, dtype)[1]
+        if part.dtype == torch.uint8:
+            return bits.pack(indices, _index_bits(width))
+        return indices.to(part.dtype)
 
     def decompress_rows(self, parts: tuple[Tensor, ...], width: int, keys: Tensor | None = None) -> Tensor:
         """Scatter the values into rows of zeros."""

@@ -43,7 +43,7 @@ def test_the_ratio_compares_with_the_copy() -> None:
     "compressor", [Identity(), ScaledSign(), BlockQuantize(bits=2, stochastic=True), Chain(ChunkTopK(), ScaledSign(32))]
 )
 def test_what_is_timed_is_encoding_with_feedback(compressor: Compressor) -> None:
-    subject = bench.Subject(compressor, torch.randn(10_000), fused=False, blocks=(5000, 3000))
+    subject = bench.Subject(compressor, torch.randn(10_000), fused=False)
     subject.residual.normal_()
     subject.encode()
     subject.decode()

@@ -69,15 +69,3 @@ def test_input_is_unchanged() -> None:
         bits.unpack(packed, 16, width).zero_()
         assert torch.equal(values, before)
         assert torch.equal(packed, kept)
-
-
-@pytest.mark.parametrize("columns", [1, 7, 8, 100])
-def test_signs(columns: int) -> None:
-    x = torch.randn(3, columns)
-    x[0, 0], x[1, 0], x[2, 0] = 0.0, -0.0, -1e-45
-    packed = bits.pack_signs(x)
-    np.testing.assert_array_equal(packed.numpy(), np.packbits(x.numpy() >= 0, axis=1, bitorder="little"))
-    for dtype in (torch.float32, torch.bfloat16, torch.float64):
-        signs = bits.unpack_signs(packed, columns, dtype)
-        assert signs.dtype == dtype
-        assert torch.equal(signs, torch.where(x >= 0, 1.0, -1.0).to(dtype))

@@ -71,6 +71,40 @@ def test_payload_is_what_the_layout_declares_whatever_the_values(compressor: Com
             assert len(buffers) == payload.nbytes == compressor.payload_bytes(shape, dtype)
 
 
+@every_dtype
+@every_compressor
+def test_what_is_sent_is_what_arrives(compressor: Compressor, dtype: torch.dtype) -> None:
+    """`compress_rows_with_sent` gives the same parts and, to the bit, what they decompress to."""
+    for shape in [(0,), (1,), (7, 300), (5000,)]:
+        rows = compressor.to_rows(torch.randn(shape).to(dtype))
+        before = rows.clone()
+        keys = keys_of(compressor, rows.shape[0])
+        parts, sent = compressor.compress_rows_with_sent(rows, dtype, keys)
+        for part, other in zip(parts, compressor.compress_rows(rows, dtype, keys), strict=True):
+            assert torch.equal(part, other)
+        assert torch.equal(sent, compressor.decompress_rows(parts, rows.shape[1], keys))
+        kept = [part.clone() for part in parts]
+        sent.fill_(5.0)  # the caller's own
+        assert torch.equal(rows, before)
+        assert all(torch.equal(part, other) for part, other in zip(parts, kept, strict=True))
+
+
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
+@every_compressor
+def test_non_finite_entries_show_where_promised(compressor: Compressor, value: float) -> None:
+    numel = 3 * compressor.row_width(torch.Size([2000]))
+    for place in (0, numel // 2, numel - 1):
+        x = torch.randn(numel)
+        x[place] = value
+        rows = compressor.to_rows(x)
+        parts = compressor.compress_rows(rows, x.dtype, keys_of(compressor, rows.shape[0]))
+        if compressor.carries_non_finite:
+            keys = keys_of(compressor, rows.shape[0])
+            assert not compressor.decompress_rows(parts, rows.shape[1], keys).isfinite().all()
+    draws = isinstance(compressor, RandomK) or (isinstance(compressor, Chain) and isinstance(compressor.first, RandomK))
+    assert compressor.carries_non_finite != draws
+
+
 @every_compressor
 def test_own_parts_pass_the_check(compressor: Compressor) -> None:
     payload = compressor.compress(torch.randn(300))

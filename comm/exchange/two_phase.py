@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from gradwire.comm.encoder import is_bad
 from gradwire.comm.exchange.base import Bundle, Exchange, Outcome, decompress_mean
 from gradwire.comm.exchange.message import MessageLayout
 from gradwire.comm.feedback.base import StateTensor
@@ -95,14 +96,18 @@ class TwoPhase(Exchange):
                 own.clear_padding_(target)
             if self.feedback:
                 target += bundle.state["second_residual"]
+            if not second.carries_non_finite:
+                bad = bad | is_bad(target)
             keys = None if keys is None else counter_rng.at_step(keys, counter_rng.fold("second"))
-            parts.append(second.compress_rows(target, own.dtype, keys))
-            states.append({})
             if self.feedback:
-                sent = second.decompress_rows(parts[-1], own.width)
+                made, sent = second.compress_rows_with_sent(target, own.dtype, keys)
                 if not second.preserves_zero:
                     own.clear_padding_(sent)
-                states[-1] = {"second_residual": target.sub_(sent)}
+                states.append({"second_residual": target.sub_(sent)})
+            else:
+                made = second.compress_rows(target, own.dtype, keys)
+                states.append({})
+            parts.append(made)
         return self._gather(second, bundles, parts, states, bad)
 
     def _scatter(self, bundles: Sequence[Bundle], bad: Tensor) -> tuple[list[tuple[Tensor, ...]], Tensor]:

@@ -17,7 +17,9 @@ class DDPHook:
     """Averages DDP's buckets through a communicator while backward goes on.
 
     Works with any number of buckets and with rebuilt ones (state is keyed by parameter name), with `no_sync` (the hook
-    is not called), with unused parameters (they take part with zero) and with compiled autograd.
+    is not called), with unused parameters (they take part with zero) and with compiled autograd. Under
+    `find_unused_parameters`, DDP drops the gradient of a parameter that no rank used in a step, and with it what the
+    parameter's residual sent in that step.
     """
 
     def __init__(self, module: DistributedDataParallel, communicator: Averager) -> None:

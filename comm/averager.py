@@ -266,6 +266,13 @@ class Averager(ABC):
         self._step += 1
 
 
+def poisoned(scale: Tensor | float, bad: Tensor) -> Tensor | float:
+    """The factor for gradients written back: `scale`, or NaN after a non-finite one; a device decides for itself."""
+    if bad.device.type == "cpu":
+        return torch.nan if bool(bad) else scale
+    return torch.where(bad, torch.nan, scale)
+
+
 def _no_scale() -> float:
     return 1.0
 

@@ -2,7 +2,7 @@
 
 import datetime
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import final
 
@@ -10,7 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from gradwire.comm.averager import Averager
+from gradwire.comm.averager import Averager, poisoned
+from gradwire.comm.buckets import Buckets
 from gradwire.comm.collectives import Collectives
 from gradwire.comm.encoder import Encoder, encode_kernel, is_bad
 from gradwire.comm.exchange import AllGather, AllReduce, Exchange
@@ -31,6 +32,17 @@ class _Bucket:
     states: list[RowState]
     encoders: list[Encoder]
     dense: dict[torch.dtype, list[int]]
+
+    def rows(self) -> dict[str, Tensor]:
+        return {key: value for state in self.states for key, value in state.rows().items()}
+
+    def fill(self, known: Mapping[str, Tensor]) -> None:
+        for state in self.states:
+            state.fill(known)
+
+    def commit(self, bad: Tensor) -> None:
+        for state in self.states:
+            state.commit(bad)
 
 
 @final
@@ -96,8 +108,7 @@ class Communicator(Averager):
         if self.exchange.second is not None:
             _check_requirement(self.feedback, self.exchange.second)
         self.workers = self.exchange.workers
-        self._buckets: dict[tuple[str, ...], _Bucket] = {}
-        self._loaded: dict[str, Tensor] = {}
+        self._buckets: Buckets[_Bucket] = Buckets()
         self._kernel = encode_kernel(compressor, self.feedback, fused=fused)
         self._fused = fused
 
@@ -117,7 +128,7 @@ class Communicator(Averager):
     # The path of a gradient.
 
     def _average(self, grads: Sequence[Tensor], names: Sequence[str]) -> Tensor:
-        bucket = self._bucket(grads, names)
+        bucket = self._buckets.get(names, lambda: self._new_bucket(grads, names))
         scale = self.loss_scale()
         dense, bad = self._reduce_dense(bucket, grads)
 
@@ -143,9 +154,9 @@ class Communicator(Averager):
         for estimate in estimates:
             bad = bad | is_bad(estimate)
         for matrix, estimate in zip(bucket.matrices, estimates, strict=True):
-            matrix.store(estimate, grads, _poisoned(scale, bad))
+            matrix.store(estimate, grads, poisoned(scale, bad))
         for mean, members in zip(dense, bucket.dense.values(), strict=True):
-            _unflatten(mean * _poisoned(1.0, bad), grads, members)
+            _unflatten(mean * poisoned(1.0, bad), grads, members)
         return bad
 
     def _exchange(self, bucket: _Bucket, bundles: Sequence[Bundle], bad: Tensor) -> tuple[list[Tensor], Tensor]:
@@ -182,20 +193,6 @@ class Communicator(Averager):
         return counter_rng.at_step(keys, own[:, None]).flatten()
 
     # State.
-
-    def _bucket(self, grads: Sequence[Tensor], names: Sequence[str]) -> _Bucket:
-        """The layout and state of these tensors; when hosts rebuild their buckets, state moves by name."""
-        key = tuple(names)
-        if key not in self._buckets:
-            known = self.state_rows()
-            for other in [other for other in self._buckets if not set(other).isdisjoint(names)]:
-                self._buckets.pop(other)
-            bucket = self._new_bucket(grads, names)
-            for state in bucket.states:
-                state.fill(known)
-            self._buckets[key] = bucket
-            self._keep_for_later(known)
-        return self._buckets[key]
 
     def _new_bucket(self, grads: Sequence[Tensor], names: Sequence[str]) -> _Bucket:
         workers = self.workers
@@ -235,53 +232,27 @@ class Communicator(Averager):
         rows = held.workers * held.rows
         return Encoder(self._kernel, layout, rows, held.width, held.dtype, held.device, fused=self._fused)
 
-    def _keep_for_later(self, rows: dict[str, Tensor]) -> None:
-        """Remember state tensors of parameters that no bucket holds."""
-        here = {name for names in self._buckets for name in names}
-        self._loaded = {
-            key: value for key, value in rows.items() if key.partition("/")[2].rpartition("/")[0] not in here
-        }
-
     def _prepare(self, names: Sequence[str], tensors: Sequence[Tensor]) -> None:
-        self._bucket(tensors, names)
+        self._buckets.get(names, lambda: self._new_bucket(tensors, names))
 
     def state_rows(self) -> dict[str, Tensor]:
         """Views of all state tensors `[workers, rows, width]`."""
-        rows = dict(self._loaded)
-        for bucket in self._buckets.values():
-            for state in bucket.states:
-                rows |= state.rows()
-        return rows
+        return self._buckets.rows()
 
     def load_rows(self, rows: dict[str, Tensor]) -> None:
         """Take over state tensors; those of parameters not seen yet wait for them."""
-        for bucket in self._buckets.values():
-            for state in bucket.states:
-                state.fill(rows)
-        self._keep_for_later({key: value.clone() for key, value in rows.items()})
+        self._buckets.load(rows)
 
     def _connected(self, ranks: Collectives) -> None:
         self.exchange.connect(ranks, feedback=bool(self.feedback.state))
 
     def _commit(self, bad: Tensor) -> None:
-        for bucket in self._buckets.values():
-            for state in bucket.states:
-                state.commit(bad)
+        self._buckets.commit(bad)
 
     def _residual_norm(self) -> float:
-        total = 0.0
-        for bucket in self._buckets.values():
-            for state in bucket.states:
-                if "residual" in state.feedback:
-                    total += float(torch.linalg.vector_norm(state.feedback["residual"]).square())
-        return math.sqrt(total)
-
-
-def _poisoned(scale: Tensor | float, bad: Tensor) -> Tensor | float:
-    """The factor for gradients written back: `scale`, or NaN after a non-finite one; a device decides for itself."""
-    if bad.device.type == "cpu":
-        return torch.nan if bool(bad) else scale
-    return torch.where(bad, torch.nan, scale)
+        states = [state.feedback for bucket in self._buckets for state in bucket.states]
+        squares = [float(state["residual"].square().sum()) for state in states if "residual" in state]
+        return math.sqrt(sum(squares))
 
 
 def _unflatten(flat: Tensor, grads: Sequence[Tensor], members: Sequence[int]) -> None:

@@ -3,7 +3,7 @@
 import datetime
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, final
 
@@ -11,7 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from gradwire.comm.averager import Averager
+from gradwire.comm.averager import Averager, poisoned
+from gradwire.comm.buckets import Buckets
 from gradwire.comm.collectives import Collectives
 from gradwire.comm.encoder import is_bad
 from gradwire.comm.orthogonalize import cholesky_qr, newton_schulz
@@ -35,8 +36,35 @@ class _Batch:
 
 @dataclass
 class _Bucket:
+    """The tensors of one `average_` call: batches of matrices, and the positions of what is sent dense."""
+
     batches: list[_Batch]
     dense: list[int]
+
+    def rows(self) -> dict[str, Tensor]:
+        rows = {}
+        for batch in self.batches:
+            for i, name in enumerate(batch.names):
+                rows[f"residual/{name}/0:{batch.residual.shape[1]}"] = batch.residual[i : i + 1]
+                rows[f"q/{name}/0:{batch.q.shape[1]}"] = batch.q[i : i + 1]
+        return rows
+
+    def fill(self, known: Mapping[str, Tensor]) -> None:
+        for key, value in self.rows().items():
+            if key in known:
+                value.copy_(known[key])
+
+    def commit(self, bad: Tensor) -> None:
+        for batch in self.batches:
+            if batch.staged is None:
+                continue
+            residual, q = batch.staged
+            if bad.device.type != "cpu":  # without asking the host
+                torch.where(bad, batch.residual, residual, out=batch.residual)
+                torch.where(bad, batch.q, q, out=batch.q)
+            elif not bool(bad):
+                batch.residual, batch.q = residual, q
+            batch.staged = None
 
 
 @final
@@ -110,8 +138,7 @@ class PowerSGD(Averager):
         self.min_compression_rate = min_compression_rate
         self.orthogonalization = orthogonalization
         self.plan = plan or Plan()
-        self._buckets: dict[tuple[str, ...], _Bucket] = {}
-        self._loaded: dict[str, Tensor] = {}
+        self._buckets: Buckets[_Bucket] = Buckets()
 
     def config(self) -> dict[str, str]:
         """Hyper-parameters by name, as text."""
@@ -127,15 +154,14 @@ class PowerSGD(Averager):
         return f"PowerSGD(matrix_rank={self.matrix_rank})"
 
     def _average(self, grads: Sequence[Tensor], names: Sequence[str]) -> Tensor:
-        bucket = self._bucket(grads, names)
+        bucket = self._buckets.get(names, lambda: self._new_bucket(grads, names))
         scale = self.loss_scale()
         orthonormal = cholesky_qr if self.orthogonalization == "cholesky" else newton_schulz
-        targets = [
-            torch.stack([grads[i].reshape(batch.residual.shape[1:]) for i in batch.positions]).to(batch.residual.dtype)
-            * (1.0 / scale)
-            + batch.residual
-            for batch in bucket.batches
-        ]
+        targets = []
+        for batch in bucket.batches:
+            target = torch.stack([grads[i].reshape(batch.residual.shape[1:]) for i in batch.positions])
+            target = target.to(batch.residual.dtype)  # a new tensor, and all that follows is in place
+            targets.append(_scale_(target, 1.0 / scale).add_(batch.residual))
         dense = [grads[position] for position in bucket.dense]
         first = [target @ batch.q for target, batch in zip(targets, bucket.batches, strict=True)]
         means, bad = self._mean(first, dense)
@@ -144,14 +170,13 @@ class PowerSGD(Averager):
         factors, overflow = self._mean(second, [])
 
         bad = bad | overflow
-        poison = torch.where(bad, torch.nan, 1.0)
         for batch, target, basis, own, factor in zip(bucket.batches, targets, bases, second, factors, strict=True):
-            batch.staged = (torch.baddbmm(target, basis, own.mT, alpha=-1), _directions(factor, batch.q))
-            estimate = basis @ factor.mT * (scale * poison)
+            batch.staged = (target.baddbmm_(basis, own.mT, alpha=-1), _directions(factor, batch.q))
+            estimate = _scale_(basis @ factor.mT, poisoned(scale, bad))
             for position, matrix in zip(batch.positions, estimate, strict=True):
                 grads[position].copy_(matrix.view(grads[position].shape))
         for position, mean in zip(bucket.dense, means[len(first) :], strict=True):
-            grads[position].copy_(mean * poison)
+            grads[position].copy_(_scale_(mean, poisoned(1.0, bad)))
         return bad
 
     def _mean(self, factors: Sequence[Tensor], dense: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
@@ -170,16 +195,6 @@ class PowerSGD(Averager):
         return means, is_bad(total)
 
     # State.
-
-    def _bucket(self, grads: Sequence[Tensor], names: Sequence[str]) -> _Bucket:
-        key = tuple(names)
-        if key not in self._buckets:
-            known = self.state_rows()
-            for other in [other for other in self._buckets if not set(other).isdisjoint(names)]:
-                self._buckets.pop(other)
-            self._buckets[key] = self._new_bucket(grads, names)
-            self.load_rows(known)
-        return self._buckets[key]
 
     def _new_bucket(self, grads: Sequence[Tensor], names: Sequence[str]) -> _Bucket:
         shapes: dict[tuple[int, int, torch.dtype], list[int]] = {}
@@ -210,47 +225,30 @@ class PowerSGD(Averager):
         return radius * torch.cos(2 * torch.pi * u[:, self.matrix_rank :])
 
     def _prepare(self, names: Sequence[str], tensors: Sequence[Tensor]) -> None:
-        self._bucket(tensors, names)
+        self._buckets.get(names, lambda: self._new_bucket(tensors, names))
 
     def state_rows(self) -> dict[str, Tensor]:
         """Views of all state tensors, `[1, m, n]` and `[1, n, r]`."""
-        rows = dict(self._loaded)
-        for bucket in self._buckets.values():
-            for batch in bucket.batches:
-                for i, name in enumerate(batch.names):
-                    rows[f"residual/{name}/0:{batch.residual.shape[1]}"] = batch.residual[i : i + 1]
-                    rows[f"q/{name}/0:{batch.q.shape[1]}"] = batch.q[i : i + 1]
-        return rows
+        return self._buckets.rows()
 
     def load_rows(self, rows: dict[str, Tensor]) -> None:
         """Take over state tensors; those of parameters not seen yet wait for them."""
-        self._loaded = {}
-        live = self.state_rows()
-        for key, value in live.items():
-            saved = rows.get(key)
-            if saved is not None:
-                value.copy_(saved)
-        self._loaded = {key: value.clone() for key, value in rows.items() if key not in live}
+        self._buckets.load(rows)
 
     def _connected(self, ranks: Collectives) -> None:
         """Needs nothing but the collectives."""
 
     def _commit(self, bad: Tensor) -> None:
-        for bucket in self._buckets.values():
-            for batch in bucket.batches:
-                if batch.staged is not None:
-                    residual, q = batch.staged
-                    batch.residual = torch.where(bad, batch.residual, residual)
-                    batch.q = torch.where(bad, batch.q, q)
-                    batch.staged = None
+        self._buckets.commit(bad)
 
     def _residual_norm(self) -> float:
-        squares = [
-            float(torch.linalg.vector_norm(batch.residual).square())
-            for bucket in self._buckets.values()
-            for batch in bucket.batches
-        ]
+        squares = [float(batch.residual.square().sum()) for bucket in self._buckets for batch in bucket.batches]
         return math.sqrt(sum(squares))
+
+
+def _scale_(x: Tensor, factor: Tensor | float) -> Tensor:
+    """Multiply in place, unless by one."""
+    return x if isinstance(factor, float) and factor == 1.0 else x.mul_(factor)
 
 
 def _directions(factor: Tensor, last: Tensor) -> Tensor:

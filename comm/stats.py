@@ -16,7 +16,7 @@ class Stats:
         uncompressed_bytes: Of these, what the plan sends dense.
         bytes_sent: Bytes that the collectives' usual algorithms send from this rank for those buffers.
         dense_bytes: What a ring all-reduce of the uncompressed gradients would have sent in its place.
-        residual_norm: Euclidean norm of this rank's residual, 0 without feedback.
+        residual_norm: Euclidean norm of this rank's residual; 0 where the feedback keeps none.
     """
 
     steps: int

@@ -1,5 +1,6 @@
 """`Communicator`: compressor x feedback x exchange x plan, the path of a gradient."""
 
+import copy
 import datetime
 import math
 from collections.abc import Mapping, Sequence
@@ -101,7 +102,8 @@ class Communicator(Averager):
         super().__init__(group, seed, timeout)
         self.compressor = compressor
         self.feedback = feedback if feedback is not None else NoFeedback()
-        self.exchange = exchange or (AllReduce() if compressor.reduction == "sum" else AllGather())
+        default = AllReduce() if compressor.reduction == "sum" else AllGather()
+        self.exchange = copy.deepcopy(exchange) if exchange is not None else default  # its own: it will be connected
         self.plan = plan or Plan()
         self.exchange.check(compressor)
         _check_requirement(self.feedback, compressor)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gradwire import comm
 from gradwire import compression as C
-from gradwire.comm import EF, EF21, Communicator, NoFeedback, Plan, PowerSGD, Simulated, Warmup
+from gradwire.comm import EF, EF21, Communicator, NoFeedback, Plan, PowerSGD, Simulated, TwoPhase, Warmup
 
 every_communicator = pytest.mark.parametrize("case", ONE_RANK, ids=lambda case: case.name)
 every_composed = pytest.mark.parametrize("case", COMPOSED, ids=lambda case: case.name)
@@ -327,3 +327,18 @@ def test_fused_equals_eager(compressor: C.Compressor, workers: int) -> None:
             torch.testing.assert_close(grad, expected[name], rtol=1e-6, atol=1e-6)
     for key, value in fused.state_rows().items():
         torch.testing.assert_close(value, eager.state_rows()[key], rtol=1e-6, atol=1e-6)
+
+
+def test_communicators_may_be_given_one_exchange() -> None:
+    """Each connects a copy, so that they do not share groups, counters or second residuals."""
+    exchange = TwoPhase(second=C.BlockQuantize(bits=8))
+    one = Communicator(C.BlockQuantize(bits=8), feedback=EF(), exchange=exchange)
+    other = Communicator(C.BlockQuantize(bits=4), exchange=exchange)
+    one.average_([torch.randn(64, 64)], ["w"])
+    other.average_([torch.randn(64, 64)], ["w"])
+    assert one.exchange is not other.exchange
+    assert one.exchange.feedback
+    assert not other.exchange.feedback
+    one.average_([torch.randn(64, 64)], ["w"])
+    assert any(key.startswith("second_residual/") for key in one.state_rows())
+    assert not other.state_rows()

@@ -66,6 +66,7 @@ def attach(
 
     Raises:
         TypeError: an unknown host, with what to pass instead.
+        ValueError: a communicator that is attached already, or nothing to average.
         ConfigurationError: ranks differ in configuration or layout.
 
     Example:
@@ -81,20 +82,25 @@ def attach(
         raise TypeError(f"attach: expected a communicator, got {type(communicator).__name__}.")
     if communicator.workers != 1:
         raise ValueError("attach: expected an exchange between processes, got Simulated; use average_ with it.")
+    if communicator.attached:
+        raise ValueError("attach: expected a communicator that is attached to nothing else. Make one for each host.")
     parameters = None if isinstance(host, DistributedDataParallel) else _named_parameters(host)
     if scaler is not None:
         communicator.loss_scale = _scale_of(scaler)
-    hook: DDPHook | LoopHandle
     if parameters is None:
-        hook = DDPHook(host, communicator)
-    else:
-        hook = LoopHandle(parameters, communicator, overlap=overlap, bucket_bytes=int(bucket_mb * 2**20))
-        if optimizer is not None:
-            before_step = hook.wait if scaler is None or not scaler.is_enabled() else hook.check_waited
-            optimizer.register_step_pre_hook(lambda *_: before_step())
-    if optimizer is not None and scaler is None:
-        skip_non_finite(optimizer, communicator)
-    return hook
+        ddp = DDPHook(host, communicator)
+        if optimizer is not None and scaler is None:
+            skip_non_finite(optimizer, communicator)
+        communicator.attached = True
+        return ddp
+    loop = LoopHandle(parameters, communicator, overlap=overlap, bucket_bytes=int(bucket_mb * 2**20))
+    if optimizer is not None:
+        before_step = loop.wait if scaler is None or not scaler.is_enabled() else loop.check_waited
+        loop.hooks.append(optimizer.register_step_pre_hook(lambda *_: before_step()))
+        if scaler is None:
+            loop.hooks.append(skip_non_finite(optimizer, communicator))
+    communicator.attached = True
+    return loop
 
 
 def _named_parameters(host: Any) -> list[tuple[str, Tensor]]:

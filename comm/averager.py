@@ -31,7 +31,7 @@ class Averager(ABC):
 
     def __init__(self, group: dist.ProcessGroup | None, seed: int, timeout: datetime.timedelta | None) -> None:
         self.seed = seed
-        self.group, self._timeout = group, timeout
+        self.group, self.timeout = group, timeout
         self._ranks: Collectives | None = None
         self._layouts: set[tuple[tuple[str, torch.Size, torch.dtype], ...]] = set()
         self._shapes: dict[str, torch.Size] = {}
@@ -44,6 +44,8 @@ class Averager(ABC):
         """0-d float32 after a step: 1 if it met a non-finite gradient on any rank, else 0. `GradScaler`'s name."""
         self.loss_scale: Callable[[], Tensor | float] = _no_scale
         """The factor by which gradients are scaled now; `attach(..., scaler=...)` sets it."""
+        self.attached = False
+        """Whether a host brings the gradients; `attach` and `detach` set it."""
 
     workers: int = 1
     """Workers whose gradients one call brings; more than one only in simulation."""
@@ -133,7 +135,7 @@ class Averager(ABC):
     def connect(self) -> Collectives:
         """Create the group of this communicator's own, once; every rank must come here at the same point."""
         if self._ranks is None:
-            ranks = Collectives(self.group, self._timeout)
+            ranks = Collectives(self.group, self.timeout)
             self._compare([], ranks, ranks.device)  # before groups are made that another configuration does not make
             self.join(ranks)
         assert self._ranks is not None

@@ -3,7 +3,7 @@
 import contextlib
 import functools
 from collections.abc import Iterator, Sequence
-from typing import final
+from typing import Any, final
 
 import torch
 from torch import Tensor
@@ -38,7 +38,7 @@ class LoopHandle:
         self._missing = [len(bucket) for bucket in self._buckets]
         self._backward_ran = False
         communicator.prepare([name for name, _ in parameters], [p.detach() for _, p in parameters])
-        self._hooks = [p.register_post_accumulate_grad_hook(self._arrive) for _, p in parameters]  # type: ignore[no-untyped-call]
+        self.hooks: list[Any] = [p.register_post_accumulate_grad_hook(self._arrive) for _, p in parameters]  # type: ignore[no-untyped-call]
 
     def wait(self) -> None:
         """Average what is left and return when all gradients are means; does nothing if no backward pass ran.
@@ -76,9 +76,10 @@ class LoopHandle:
             self._sync = before
 
     def detach(self) -> None:
-        """Remove the hooks."""
-        for hook in self._hooks:
+        """Remove all hooks, the optimizer's too; the communicator may then be attached elsewhere."""
+        for hook in self.hooks:
             hook.remove()
+        self._communicator.attached = False
 
     def _arrive(self, parameter: Tensor) -> None:
         self._backward_ran = True

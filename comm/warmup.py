@@ -21,7 +21,7 @@ class Warmup(Averager):
         first: Communicator of the first steps, usually dense.
         then: Communicator of all later steps.
         steps: Number of first steps, >= 0.
-        timeout: How long a collective waits for other ranks; the process group's setting by default.
+        timeout: How long a collective waits for other ranks; that of `then` by default.
 
     Cost:
         That of the one in use; state of both is created at the start.
@@ -46,7 +46,7 @@ class Warmup(Averager):
             raise ValueError(f"Warmup: expected steps >= 0, got steps={steps}.")
         if first.workers != then.workers:
             raise ValueError(f"Warmup: expected equal numbers of workers, got {first.workers} and {then.workers}.")
-        super().__init__(then.group, then.seed, timeout)
+        super().__init__(then.group, then.seed, timeout if timeout is not None else then.timeout)
         self.first, self.then, self.steps = first, then, steps
         self.workers = then.workers
 

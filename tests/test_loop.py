@@ -238,3 +238,32 @@ def _scaled_without_wait() -> None:
 
 def test_a_scaler_that_looks_before_the_mean_is_there_is_an_error() -> None:
     run_ranks(2, _scaled_without_wait)
+
+
+def _plain() -> tuple[torch.nn.Linear, torch.optim.Optimizer, Communicator]:
+    module = torch.nn.Linear(64, 64)
+    return module, torch.optim.SGD(module.parameters(), lr=0.1), Communicator(ChunkTopK(), feedback=EF())
+
+
+def test_detach_takes_the_guard_along() -> None:
+    """A bad last step must not go on dropping the gradients of an optimizer that is on its own again."""
+    module, optimizer, communicator = _plain()
+    handle = attach(module.named_parameters(), communicator, optimizer=optimizer)
+    (module(torch.ones(1, 64)).sum() * torch.inf).backward()
+    before = module.weight.detach().clone()
+    optimizer.step()
+    assert torch.equal(module.weight, before)  # skipped
+    handle.detach()
+    optimizer.zero_grad()
+    module(torch.ones(1, 64)).sum().backward()
+    optimizer.step()
+    assert not torch.equal(module.weight, before)
+
+
+def test_a_communicator_has_one_host_at_a_time() -> None:
+    module, _, communicator = _plain()
+    handle = attach(module.named_parameters(), communicator)
+    with pytest.raises(ValueError, match="expected a communicator that is attached to nothing else"):
+        attach(torch.nn.Linear(64, 64).named_parameters(), communicator)
+    handle.detach()
+    attach(module.named_parameters(), communicator)

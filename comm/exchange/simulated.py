@@ -13,8 +13,9 @@ from gradwire.compression.base import Compressor
 class Simulated(Exchange):
     """Average n workers that live in one process, as rows of one matrix.
 
-    Gradients have a leading dimension of n workers; after averaging, every worker's slice holds the mean. The same
-    compressors, feedback and arithmetic run as with n processes, so experiments on theory need no processes at all.
+    Gradients have a leading dimension of n workers (none if n is 1); after averaging, every worker's slice holds the
+    mean. The same compressors, feedback and arithmetic run as with n processes, so experiments on theory need no
+    processes at all.
 
     Args:
         workers: Number of simulated workers, >= 1.

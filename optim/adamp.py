@@ -1,16 +1,17 @@
 """`AdamP`: Adam that does not inflate the norm of scale-invariant weights."""
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, final
+from typing import Any, Unpack, final
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from gradwire.optim.base import Optimizer
+from gradwire.optim.base import Optimizer, Options
 from gradwire.optim.checks import check_betas, check_lr, check_range
-from gradwire.optim.kernels import Scalars
-from gradwire.optim.projection import project_
+from gradwire.optim.kernels import Dims, Scalars
+from gradwire.optim.projection import by_rows, project_
+from gradwire.optim.shards import Shards
 
 
 @final
@@ -35,9 +36,7 @@ class AdamP(Optimizer):
         delta: Threshold of the test, >= 0; 0 turns the projection off.
         wd_ratio: Share of the decay that scale-invariant weights get, >= 0.
         nesterov: Use `beta1 m + (1 - beta1) g` in place of m in u.
-        foreach: Update all parameters by batched kernels. None: on CUDA only, because a loop is faster on CPU.
-        fused: Compile the update; falls back, with a warning, where there is no compiler.
-        maximize: Ascend instead of descend.
+        options: How it runs: `foreach`, `fused`, `maximize` and more, see `Optimizer`.
 
     Shapes:
         Any, also empty and 0-d, in any memory layout.
@@ -64,8 +63,6 @@ class AdamP(Optimizer):
     whole tensor, and `wd_ratio`. So a weight whose gradient is zero counts as scale-invariant.
     """
 
-    by_rows: ClassVar[bool] = True
-
     def __init__(
         self,
         params: ParamsT,
@@ -77,9 +74,7 @@ class AdamP(Optimizer):
         delta: float = 0.1,
         wd_ratio: float = 0.1,
         nesterov: bool = False,
-        foreach: bool | None = None,
-        fused: bool | None = None,
-        maximize: bool = False,
+        **options: Unpack[Options],
     ) -> None:
         defaults = {
             "lr": lr,
@@ -90,7 +85,7 @@ class AdamP(Optimizer):
             "wd_ratio": wd_ratio,
             "nesterov": nesterov,
         }
-        super().__init__(params, defaults, foreach=foreach, fused=fused, maximize=maximize)
+        super().__init__(params, defaults, options)
 
     def check_group(self, group: Mapping[str, Any]) -> None:
         """Check the ranges given above."""
@@ -99,11 +94,15 @@ class AdamP(Optimizer):
         for name in ("eps", "weight_decay", "delta", "wd_ratio"):
             check_range("AdamP", name, group[name])
 
-    def init_state(self, param: Tensor) -> dict[str, Tensor]:
+    def init_state(self, param: Tensor, group: Mapping[str, Any]) -> dict[str, Tensor]:
         """Both moments start at zero."""
-        return {"exp_avg": self.zeros_like(param), "exp_avg_sq": self.zeros_like(param)}
+        return {"exp_avg": self.zeros_like(param, group), "exp_avg_sq": self.zeros_like(param, group)}
 
-    def scalars(self, step: Tensor, group: Mapping[str, Any]) -> Scalars:
+    def dims(self, shape: torch.Size, group: Mapping[str, Any]) -> Dims:
+        """A matrix of rows, or a vector."""
+        return by_rows(shape)
+
+    def scalars(self, step: Tensor, sizes: Tensor, group: Mapping[str, Any]) -> Scalars:
         """Bias corrections, folded into the step size and the denominator; complements of the betas exactly."""
         beta1, beta2 = group["betas"]
         return {
@@ -121,7 +120,7 @@ class AdamP(Optimizer):
 
     @staticmethod
     def update_(
-        params: list[Tensor], grads: list[Tensor], state: dict[str, list[Tensor]], scalars: Scalars
+        params: list[Tensor], grads: list[Tensor], state: dict[str, list[Tensor]], scalars: Scalars, shards: Shards
     ) -> list[Tensor]:
         """One step of the equations above."""
         exp_avgs, exp_avg_sqs = state["exp_avg"], state["exp_avg_sq"]

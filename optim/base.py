@@ -10,14 +10,40 @@ import contextlib
 from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, ClassVar, final, overload
+from typing import Any, TypedDict, final, overload
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from gradwire.compression.base import compute_dtype
-from gradwire.optim.kernels import Flat, Scalars, step_compiled, step_eager
+from gradwire.optim.kernels import Dims, Flat, Scalars, real, step_compiled, step_eager
+from gradwire.optim.shards import Shards
+
+
+class Options(TypedDict, total=False):
+    """How an optimizer runs: keyword arguments of every class here, described by `Optimizer`."""
+
+    foreach: bool | None
+    fused: bool | None
+    maximize: bool
+    capturable: bool
+    differentiable: bool
+    stochastic_rounding: bool
+    kahan_sum: bool
+    state_dtype: torch.dtype | None
+
+
+_DEFAULTS = Options(
+    foreach=None,
+    fused=None,
+    maximize=False,
+    capturable=False,
+    differentiable=False,
+    stochastic_rounding=False,
+    kahan_sum=False,
+    state_dtype=None,
+)
 
 
 class Optimizer(torch.optim.Optimizer, ABC):
@@ -30,21 +56,16 @@ class Optimizer(torch.optim.Optimizer, ABC):
     Args:
         params: Tensors, `(name, tensor)` pairs or groups of them, as for every `torch.optim.Optimizer`.
         defaults: The algorithm's hyper-parameters; a group may override each.
-        foreach: Update all parameters by batched kernels. None: on CUDA only, because a loop is faster on CPU.
-        fused: Compile the update into one kernel. Falls back with a warning where there is no compiler.
-        maximize: Ascend instead of descend.
+        options: The keyword arguments of `Options`.
     """
-
-    by_rows: ClassVar[bool] = False
-    """Whether `update_` sees tensors of two or more dimensions as `[rows, columns]`, rows being dimension 0. All others
-    come flattened, and every tensor if False."""
 
     _step_supports_amp_scaling = True  # GradScaler then hands over grad_scale and found_inf and does not wait for them
 
-    def __init__(
-        self, params: ParamsT, defaults: dict[str, Any], *, foreach: bool | None, fused: bool | None, maximize: bool
-    ) -> None:
-        super().__init__(params, {**defaults, "foreach": foreach, "fused": fused, "maximize": maximize})
+    def __init__(self, params: ParamsT, defaults: dict[str, Any], options: Options) -> None:
+        unknown = options.keys() - _DEFAULTS.keys()
+        if unknown:
+            raise TypeError(f"{type(self).__name__}: got unexpected keyword arguments {sorted(unknown)}.")
+        super().__init__(params, {**defaults, **_DEFAULTS, **options})
 
     # What a subclass implements.
 
@@ -53,31 +74,37 @@ class Optimizer(torch.optim.Optimizer, ABC):
         """Raise ValueError if a hyper-parameter of a group is out of its range."""
 
     @abstractmethod
-    def init_state(self, param: Tensor) -> dict[str, Tensor]:
+    def init_state(self, param: Tensor, group: Mapping[str, Any]) -> dict[str, Tensor]:
         """The state of one parameter before its first step, without `step`; see `zeros_like`."""
 
+    def dims(self, shape: torch.Size, group: Mapping[str, Any]) -> Dims:
+        """How `update_` sees a parameter: which of its dimensions become which one; by default all become one."""
+        return (tuple(range(len(shape))),)
+
     @abstractmethod
-    def scalars(self, step: Tensor, group: Mapping[str, Any]) -> Scalars:
+    def scalars(self, step: Tensor, sizes: Tensor, group: Mapping[str, Any]) -> Scalars:
         """The numbers that `update_` takes.
 
         Args:
             step: `[n]` float64, steps of each parameter including this one, on the parameters' device.
+            sizes: `[n, d]` float64, the size of each parameter in each of its `dims`, of the whole if it is sharded.
             group: The parameter group.
         """
 
     @staticmethod
     @abstractmethod
     def update_(
-        params: list[Tensor], grads: list[Tensor], state: dict[str, list[Tensor]], scalars: Scalars
+        params: list[Tensor], grads: list[Tensor], state: dict[str, list[Tensor]], scalars: Scalars, shards: Shards
     ) -> list[Tensor] | None:
         """Update parameters and state in place.
 
         Args:
-            params: Flat, or `[rows, columns]` if `by_rows`; never empty; float32 or float64, as are `grads`.
+            params: In the dimensions that `dims` gives, all of the same number; float32 or float64, as are `grads`.
             grads: Gradients to descend along, of equal shapes; not to be changed.
             state: One list per state tensor, of equal shapes where the state has its parameter's shape.
             scalars: As `scalars` returns them, with `[n]` tensors as lists of n numbers. Compiled, every number is a
                 0-d tensor, so use operations that take either and leave `alpha=` and `value=` alone.
+            shards: Sums over a whole dimension, where this process may hold a part of it only.
 
         Returns:
             Small intermediates, if any, that the compiler must store and not recompute at every use.
@@ -141,10 +168,10 @@ class Optimizer(torch.optim.Optimizer, ABC):
 
         def restore(_: torch.optim.Optimizer) -> None:
             ids = (i for group in seen["param_groups"] for i in group["params"])
-            params = (p for group in self.param_groups for p in group["params"])
-            for i, param in zip(ids, params, strict=True):
+            own = ((p, group) for group in self.param_groups for p in group["params"])
+            for i, (param, group) in zip(ids, own, strict=True):
                 if seen["state"].get(i):
-                    self.state[param] = self._own_state(param, seen["state"][i])
+                    self.state[param] = self._own_state(param, group, seen["state"][i])
 
         # Between the user's hooks: after their changes to the state dict, before they see the loaded state.
         with contextlib.ExitStack() as hooks:
@@ -163,18 +190,19 @@ class Optimizer(torch.optim.Optimizer, ABC):
 
     @staticmethod
     @final
-    def zeros_like(param: Tensor) -> Tensor:
-        """Zeros in the parameter's shape and memory order, float32 or wider."""
-        return torch.zeros_like(param, dtype=compute_dtype(param.dtype))
+    def zeros_like(param: Tensor, group: Mapping[str, Any]) -> Tensor:
+        """Zeros in the parameter's shape and memory order, in the group's `state_dtype` or float32 or wider."""
+        return torch.zeros_like(param, dtype=group["state_dtype"] or compute_dtype(param.dtype))
 
     @final
-    def _new_state(self, param: Tensor) -> dict[str, Tensor]:
-        return {"step": torch.zeros((), dtype=torch.float32, device=param.device), **self.init_state(param)}
+    def _new_state(self, param: Tensor, group: Mapping[str, Any]) -> dict[str, Tensor]:
+        step = torch.zeros((), dtype=torch.float32, device=param.device)
+        return {"step": step, **self.init_state(param, group)}
 
     @final
-    def _own_state(self, param: Tensor, saved: Mapping[str, Any]) -> dict[str, Tensor]:
+    def _own_state(self, param: Tensor, group: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, Tensor]:
         """A saved state, each value copied into what this optimizer would have created itself."""
-        own = self._new_state(param)
+        own = self._new_state(param, group)
         if own.keys() != saved.keys():
             raise ValueError(
                 f"{type(self).__name__}: expected a state of {sorted(own)}, got {sorted(saved)}. "
@@ -207,8 +235,9 @@ class Optimizer(torch.optim.Optimizer, ABC):
                 )
             state = self.state[param]
             if not state:
-                state.update(self._new_state(param))
-            buckets[param.device, param.dtype, param.grad.dtype, tuple(state)].append(param)
+                state.update(self._new_state(param, group))
+            dims = self.dims(real(param).shape, group)
+            buckets[param.device, param.dtype, param.grad.dtype, tuple(state), len(dims)].append(param)
         yield from buckets.values()
 
     @final
@@ -230,8 +259,9 @@ class Optimizer(torch.optim.Optimizer, ABC):
         filled = [i for i, p in enumerate(params) if p.numel() > 0]
         if not filled:
             return
-        scalars = self.scalars(torch.stack([steps[i] for i in filled]).double(), group)
-        flats = [Flat.of(params[i], self.state[params[i]], by_rows=self.by_rows) for i in filled]
+        flats = [Flat.of(params[i], self.state[params[i]], self.dims(real(params[i]).shape, group)) for i in filled]
+        sizes = torch.tensor([flat.param.shape for flat in flats], dtype=torch.float64, device=device)
+        scalars = self.scalars(torch.stack([steps[i] for i in filled]).double(), sizes, group)
         options: dict[str, Any] = {"maximize": group["maximize"], "scale": grad_scale, "skip": skip}
         done = step_compiled(self.update_, flats, scalars, **options) if group["fused"] else 0
         foreach = device.type == "cuda" if group["foreach"] is None else group["foreach"]

@@ -5,6 +5,7 @@ widening to float32, unscaling, sign, the selection where a step is skipped, and
 """
 
 import functools
+import math
 import types
 import warnings
 from collections.abc import Callable, Iterator
@@ -15,12 +16,18 @@ import torch
 from torch import Tensor
 
 from gradwire.compression.base import compute_dtype
+from gradwire.optim.shards import Shards
 
 Scalars: TypeAlias = dict[str, Any]
 """Numbers of one step by name: bool (static), float or 0-d tensor (one for all), or `[n]` (one per parameter)."""
 
-Update: TypeAlias = Callable[[list[Tensor], list[Tensor], dict[str, list[Tensor]], Scalars], list[Tensor] | None]
-"""`(params, grads, state, scalars)`, in place on lists of tensors."""
+Dims: TypeAlias = tuple[tuple[int, ...], ...]
+"""Dimensions of a tensor in groups, each of which becomes one dimension."""
+
+Update: TypeAlias = Callable[
+    [list[Tensor], list[Tensor], dict[str, list[Tensor]], Scalars, Shards], list[Tensor] | None
+]
+"""`(params, grads, state, scalars, shards)`, in place on lists of tensors."""
 
 _CHUNK = 1 << 25
 """Most elements that one foreach call takes at once: it bounds each temporary at 128 MiB and still fills a GPU."""
@@ -31,10 +38,10 @@ _SMALL = 1 << 15
 
 @dataclass(frozen=True)
 class Flat:
-    """A parameter, its gradient and state as contiguous vectors, or as matrices of rows.
+    """A parameter, its gradient and state, contiguous in the dimensions that the update sees.
 
     Args:
-        param: `[n]` or `[rows, columns]`, in the parameter's memory order, so that it is a view wherever one exists.
+        param: In the parameter's memory order within each dimension, so that it is a view wherever one exists.
         grad: The same elements of the gradient.
         state: The same elements of every state tensor of the parameter's shape; others as they are.
         copies: `(view of the original, what stands for it here)` wherever no flat view exists.
@@ -46,21 +53,20 @@ class Flat:
     copies: list[tuple[Tensor, Tensor]]
 
     @classmethod
-    def of(cls, param: Tensor, state: dict[str, Tensor], *, by_rows: bool) -> "Flat":
-        """Flatten all dimensions, or all but the first if `by_rows` and there are two or more."""
+    def of(cls, param: Tensor, state: dict[str, Tensor], dims: Dims) -> "Flat":
+        """Arrange all of a parameter in `dims`."""
         assert param.grad is not None
         copies: list[tuple[Tensor, Tensor]] = []
-        real_param = _real(param)
-        kept = int(by_rows and real_param.ndim > 1)
-        inner = sorted(range(kept, real_param.ndim), key=real_param.stride, reverse=True)
-        order = (*range(kept), *inner)
+        real_param = real(param)
+        order = [d for group in dims for d in sorted(group, key=real_param.stride, reverse=True)]
+        shape = [math.prod(real_param.shape[d] for d in group) for group in dims]
 
         def flat(x: Tensor, *, written: bool = True) -> Tensor:
-            ordered = _real(x).permute(order)
+            ordered = real(x).permute(order)
             contiguous = ordered.contiguous()
             if written and contiguous is not ordered:
                 copies.append((ordered, contiguous))
-            return contiguous.flatten(kept).data  # no view to Dynamo, which would guard on the shape it came from
+            return contiguous.view(shape).data  # no view to Dynamo, which would guard on the shape it came from
 
         own = {name: value for name, value in state.items() if name != "step"}
         return cls(
@@ -141,7 +147,7 @@ def _apply(
         grads = list(torch._foreach_neg(grads))
     changed = [*wide, *(x for xs in state.values() for x in xs)]
     before = [x.clone() for x in changed] if skip is not None else []
-    result = update_(wide, grads, state, scalars)
+    result = update_(wide, grads, state, scalars, Shards())
     if skip is not None:
         for x, old in zip(changed, before, strict=True):
             x.copy_(torch.where(skip, old, x))
@@ -159,7 +165,8 @@ def _cast(tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
     return cast
 
 
-def _real(x: Tensor) -> Tensor:
+def real(x: Tensor) -> Tensor:
+    """A complex tensor as a real one with a last dimension of 2, any other as it is."""
     return torch.view_as_real(x.resolve_conj()) if x.is_complex() else x
 
 

@@ -5,6 +5,13 @@ import math
 import torch
 from torch import Tensor
 
+from gradwire.optim.kernels import Dims
+
+
+def by_rows(shape: torch.Size) -> Dims:
+    """Two or more dimensions become `[rows, columns]`, rows being dimension 0; others become a vector."""
+    return ((0,), tuple(range(1, len(shape)))) if len(shape) > 1 else (tuple(range(len(shape))),)
+
 
 def project_(
     update: Tensor, param: Tensor, grad: Tensor, *, delta: float | Tensor, eps: float | Tensor

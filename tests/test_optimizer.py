@@ -479,10 +479,13 @@ def test_a_step_skipped_on_the_device_changes_nothing(case: OptimizerCase, forea
     def update(skip: bool, gradient: float) -> list[Tensor]:
         for p in params:
             p.grad = torch.full_like(p, gradient)
-        flats = [kernels.Flat.of(p, optimizer.state[p], by_rows=optimizer.by_rows) for p in params]
-        scalars = optimizer.scalars(torch.full((len(params),), 3.0, dtype=torch.float64), group)
-        options: dict[str, Any] = {"maximize": False, "scale": None, "skip": torch.tensor(skip)}
-        kernels.step_eager(optimizer.update_, flats, scalars, foreach=foreach, **options)
+        for dims in {len(optimizer.dims(p.shape, group)) for p in params}:
+            some = [p for p in params if len(optimizer.dims(p.shape, group)) == dims]
+            flats = [kernels.Flat.of(p, optimizer.state[p], optimizer.dims(p.shape, group)) for p in some]
+            sizes = torch.tensor([flat.param.shape for flat in flats], dtype=torch.float64)
+            scalars = optimizer.scalars(torch.full((len(some),), 3.0, dtype=torch.float64), sizes, group)
+            options: dict[str, Any] = {"maximize": False, "scale": None, "skip": torch.tensor(skip)}
+            kernels.step_eager(optimizer.update_, flats, scalars, foreach=foreach, **options)
         return [x.detach().clone() for p in params for x in (p, *optimizer.state[p].values())]
 
     with torch.no_grad():

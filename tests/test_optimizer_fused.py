@@ -92,10 +92,11 @@ def test_grad_scaler_and_low_precision(case: OptimizerCase) -> None:
         loop.step()
         assert_close(params, others, rtol=1.6e-2, atol=1e-5)
         assert fused.state[params[0]]["step"].item() == step + 1
-    flats = [kernels.Flat.of(p, fused.state[p], by_rows=fused.by_rows) for p in params[:1]]
+    flats = [kernels.Flat.of(p, fused.state[p], fused.dims(p.shape, fused.param_groups[0])) for p in params[:1]]
     before = [x.clone() for x in (params[0].detach(), *fused.state[params[0]].values())]
     params[0].grad.fill_(torch.inf)
-    scalars = fused.scalars(torch.tensor([4.0], dtype=torch.float64), fused.param_groups[0])
+    sizes = torch.tensor([flats[0].param.shape], dtype=torch.float64)
+    scalars = fused.scalars(torch.tensor([4.0], dtype=torch.float64), sizes, fused.param_groups[0])
     with torch.no_grad():
         options: dict[str, Any] = {"maximize": False, "scale": torch.tensor(4.0), "skip": torch.tensor(True)}
         assert kernels.step_compiled(fused.update_, flats, scalars, **options) == 1

@@ -25,7 +25,7 @@ bench = typer.Typer(help="Measure, and keep what was measured.", no_args_is_help
 app.add_typer(bench, name="bench")
 
 _MODEL, _GRADIENTS, _OUTPUT = "Model and data", "Gradients and weights", "Output"
-_VARIADIC = ("--compare", "--data")
+_VARIADIC = ("--compare", "--data", "--optimizers", "--lrs")
 
 
 @app.command()
@@ -154,17 +154,23 @@ def report(
     readme: Annotated[Path, typer.Option(help="The file with the markers.")] = Path("README.md"),
     results: Annotated[Path, typer.Option(help="The folder of kept results.")] = Path("bench/results"),
 ) -> None:
-    """Make the README's tables from the kept results; --check exits with 1 where they differ."""
+    """Make the README's tables and figures from the kept results; --check exits with 1 where they differ."""
+    from gradwire.bench.plots import plot_sweep, stale
     from gradwire.bench.report import fill
 
     if not readme.is_file():
         raise UsageError(f"report: expected a README, got no file {str(readme)!r}. Run it at the root of a checkout.")
     before = readme.read_text()
     after = fill(before, results)
+    figures = stale(after, results, readme.parent)
     if write:
         readme.write_text(after)
-    elif before != after:
-        print(f"{readme} differs from {results}: run `gradwire report --write`.")
+        for path, content in figures.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            plot_sweep(content, path)
+    elif before != after or figures:
+        differing = [*[readme] * (before != after), *figures]
+        print(f"{', '.join(map(str, differing))}: not of {results}. Run `gradwire report --write`.")
         raise typer.Exit(1)
 
 
@@ -179,6 +185,68 @@ def compression(
     from gradwire.bench.compression import main as measure
 
     measure(numel=numel, fused=fused, output=output, device=device)
+
+
+@bench.command()
+def optim(
+    case: Annotated[
+        list[str] | None, typer.Option(help="Only this one: matrix, gpt2 or small. May be repeated.")
+    ] = None,
+    optimizer: Annotated[list[str] | None, typer.Option(help="Only this one: adamp, AdamW, … May be repeated.")] = None,
+    rivals: Annotated[
+        bool,
+        typer.Option(
+            help="Measure other packages where they are installed; bench/optim_rivals.py says how to install them."
+        ),
+    ] = True,
+    fused: Annotated[bool, typer.Option(help="Measure gradwire's compiled form, too.")] = True,
+    memory: Annotated[
+        bool, typer.Option("--memory", help="Peak memory on gpt2, in processes of their own: minutes.")
+    ] = False,
+    compile_times: Annotated[
+        bool, typer.Option("--compile-times", help="First steps on gpt2, in processes of their own: minutes.")
+    ] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Tiny tensors: to see that it works.")] = False,
+    output: Annotated[Path | None, typer.Option(help="Write JSON here, and a figure beside it.")] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads of torch.")] = None,
+) -> None:
+    """Step time of every optimizer, against torch's fused AdamW and a memory copy."""
+    from gradwire.bench.optim import main as measure
+
+    options = {"rivals": rivals, "fused": fused, "memory": memory, "compile_times": compile_times, "quick": quick}
+    if not measure(case or (), optimizer or (), output=output, device=device, threads=threads, **options):
+        raise typer.Exit(1)
+
+
+@bench.command()
+def sweep(
+    optimizers: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="TEXT ...",
+            help='The baseline first: AdamW "SGDP(momentum=0.9)" …; AdamW and all of gradwire\'s otherwise.',
+        ),
+    ] = None,
+    lrs: Annotated[
+        list[float] | None, typer.Option(metavar="FLOAT ...", help="The grid; 0.001 0.003 … 1 otherwise.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Of each run; 500 otherwise.")] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Runs of each pair, with seeds 0, 1, …; means are compared.")] = 1,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Processes of one thread each; one per core otherwise.")
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="A tiny model and few steps: to see that it works.")] = False,
+    output: Annotated[
+        Path | None, typer.Option(help="Write JSON here, run by run; runs that it holds are not repeated.")
+    ] = None,
+    figure: Annotated[Path | None, typer.Option(help="Draw PNG here; beside the JSON otherwise.")] = None,
+) -> None:
+    """Loss of every optimizer at each learning rate of one grid, against torch's AdamW."""
+    from gradwire.bench.sweep import main as run
+
+    counts: dict[str, Any] = {"steps": steps, "seeds": seeds, "workers": workers}
+    run(optimizers or (), lrs or (), **counts, quick=quick, output=output, figure=figure)
 
 
 @app.callback(invoke_without_command=True)

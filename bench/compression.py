@@ -8,8 +8,7 @@ which all forms take turns with the copy.
 
 import json
 import statistics
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast, final
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from gradwire.bench import machine
 from gradwire.bench.compression_rivals import Candidate, Functions, candidates
+from gradwire.bench.timing import measure
 from gradwire.comm import EF
 from gradwire.comm.encoder import Encoder, encode_kernel
 from gradwire.compression import (
@@ -232,7 +232,8 @@ class Subject:
 
 def _result(candidate: Candidate, x: Tensor) -> Result:
     copied = torch.empty_like(x)
-    seconds = measure({"copy": lambda: copied.copy_(x), **candidate.functions}, x.device)
+    functions = {"copy": lambda: copied.copy_(x), **candidate.functions}
+    seconds = {name: statistics.median(spans) for name, spans in measure(functions, x.device, _rounds).items()}
     copy_s = seconds.pop("copy")
     dense = 4 * x.numel()
     moved = {"encode": 3 * dense + candidate.nbytes, "decode": dense + candidate.nbytes}  # encode: x, residual, new one
@@ -240,36 +241,5 @@ def _result(candidate: Candidate, x: Tensor) -> Result:
     return Result(candidate.name, candidate.source, dense / candidate.nbytes, copy_s, seconds, bandwidth)
 
 
-def measure(functions: Mapping[str, Callable[[], object]], device: torch.device) -> dict[str, float]:
-    """Median seconds of each function, all taking turns after a first call that compiles and warms up."""
-    rounds = {}
-    for name, function in functions.items():
-        function()
-        start = _mark(device)
-        function()
-        rounds[name] = _ROUNDS if _elapsed(start, _mark(device)) < _SLOW else 2
-    spans: dict[str, list[tuple[Any, Any]]] = {name: [] for name in functions}
-    for turn in range(_ROUNDS):
-        for name, function in functions.items():
-            if turn < rounds[name]:
-                start = _mark(device)
-                function()
-                spans[name].append((start, _mark(device)))
-    return {name: statistics.median(_elapsed(*span) for span in spans[name]) for name in functions}
-
-
-def _mark(device: torch.device) -> Any:
-    """Now, on the clock of the device."""
-    if device.type == "cpu":
-        return time.perf_counter()
-    event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-    event.record()
-    return event
-
-
-def _elapsed(start: Any, end: Any) -> float:
-    """Seconds between two marks."""
-    if isinstance(start, float):
-        return float(end - start)
-    end.synchronize()
-    return float(start.elapsed_time(end)) / 1e3
+def _rounds(seconds: dict[str, float]) -> dict[str, int]:
+    return {name: _ROUNDS if value < _SLOW else 2 for name, value in seconds.items()}

@@ -1,17 +1,30 @@
-"""Plots of loss over steps, over bytes sent and over seconds."""
+"""Plots of loss over steps, over bytes sent and over seconds; of the optimizers' step times, and of their losses."""
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
+from PIL import Image  # comes with matplotlib
 
+from gradwire.bench.report import FIGURES, optim_rows, sweep_rows, sweep_section
 from gradwire.bench.runs import Record
 
 # Okabe and Ito's palette: told apart by readers with any colour vision; a ninth run begins again, dashed.
 _COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#7F7F7F")
 _MARKERS = "osD^vP*X"
+_KINDS = {
+    "gradwire, fused": _COLOURS[1],
+    "gradwire, eager": _COLOURS[5],
+    "torch": _COLOURS[7],
+    "other packages": _COLOURS[6],
+}
 
 
 def plot_run(metrics: Sequence[Record], title: str, path: Path) -> None:
@@ -41,6 +54,120 @@ def plot_comparison(runs: Mapping[str, Sequence[Record]], title: str, path: Path
     _frame(axes, list(runs.values()))
     figure.legend(handles=lines, loc="outside lower center", ncols=2, frameon=False, fontsize=9)
     figure.savefig(path, dpi=150)
+
+
+def plot_optimizers(results: Mapping[str, Any], path: Path) -> None:
+    """Step times of `gradwire bench optim` over that of torch's fused AdamW, one panel per case, as PNG."""
+    found, cases, machine = optim_rows(results), results["cases"], results["machine"]
+    algorithms = list(dict.fromkeys(algorithm for algorithm, _, _ in found))
+    places = [number + 0.8 * algorithms.index(algorithm) for number, (algorithm, _, _) in enumerate(found)]
+    figure = Figure(figsize=(3.4 + 3.4 * len(cases), 2.1 + 0.21 * places[-1]), layout="constrained")
+    axes = figure.subplots(1, len(cases), sharey=True, squeeze=False)[0]
+    for axis, (name, case) in zip(axes, cases.items(), strict=True):
+        limits = [1.0]
+        for place, ((_, source, mode), by_case) in zip(places, found.items(), strict=True):
+            if name not in by_case:
+                continue
+            ratio = by_case[name]["ratio"]
+            floor = ratio / by_case[name]["over_floor"]
+            axis.barh(place, ratio, color=_KINDS[_kind(source, mode)], height=0.8)
+            axis.text(ratio, place, f" {ratio:.3g}", va="center", fontsize=7)
+            axis.plot([floor, floor], [place - 0.5, place + 0.5], color=_COLOURS[0], linewidth=1.5)
+            limits += [ratio, floor]
+        axis.axvline(1, color=_COLOURS[7], linewidth=0.8, linestyle="--")
+        axis.set(xscale="log", xlim=(min(limits) / 1.5, max(limits) * 2))
+        axis.set(title=case["title"], xlabel=f"times {1e3 * case['reference_s']:.3g} ms")
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.spines[["top", "right"]].set_visible(False)
+    labels = [
+        ", ".join([f"{algorithm}  {source}", mode][: 1 + (mode != "default")]) for algorithm, source, mode in found
+    ]
+    axes[0].set_yticks(places, labels, fontsize=8)
+    axes[0].set_ylim(places[-1] + 1, -1)
+    about = f"{machine.get('gpu', machine['cpu'])}, threads: {machine['threads']}, torch {machine['torch']}"
+    figure.suptitle(f"Step time over that of torch's fused AdamW\n{about}", fontsize=11)
+    handles: list[Artist] = [Patch(color=colour, label=kind) for kind, colour in _KINDS.items()]
+    handles.append(Line2D([], [], color=_COLOURS[0], linewidth=1.5, label="floor: a copy of the bytes it must move"))
+    figure.legend(handles=handles, loc="outside lower center", ncols=5, frameon=False, fontsize=9)
+    figure.savefig(path, dpi=150)
+
+
+def plot_sweep(results: Mapping[str, Any], path: Path) -> None:
+    """Losses of `gradwire bench sweep`: over learning rates, and over steps at the best rate, as PNG.
+
+    The file's description is `sweep_section(results)`, so that it is known which results the picture shows.
+    """
+    rows, options = sweep_rows(results), results["options"]
+    figure = Figure(figsize=(11, 4.4 + 0.22 * ((len(rows) + 2) // 3)), layout="constrained")
+    over_lrs, over_steps = figure.subplots(1, 2)
+    lines = []
+    for number, row in enumerate(rows):
+        colour, marker = _COLOURS[number % len(_COLOURS)], _MARKERS[number % len(_MARKERS)]
+        style: dict[str, Any] = {"color": colour, "linestyle": "-" if number < len(_COLOURS) else "--"}
+        style["linewidth"] = 1.5 if number else 3  # the baseline is seen below a line that covers it
+        ends = [(lr, float("nan") if loss is None else loss) for lr, loss in row.losses.items()]
+        best = "every rate diverged" if row.lr is None else f"{row.loss:.3f} at {row.lr:g}"
+        (line,) = over_lrs.plot(*_columns(ends), marker=marker, markersize=4, label=f"{row.optimizer}: {best}", **style)
+        over_steps.plot(*_columns(row.curve), marker=marker, markersize=4, **style)
+        if row.lr is not None:
+            over_lrs.plot(row.lr, row.loss, marker=marker, markersize=9, color=colour)
+        lines.append(line)
+    over_lrs.set(xscale="log", xlabel="peak learning rate", ylabel="final validation loss (nats per byte)")
+    over_lrs.set_xticks(results["lrs"], [f"{lr:g}" for lr in results["lrs"]])
+    over_lrs.minorticks_off()
+    over_steps.xaxis.set_major_locator(MaxNLocator(integer=True))
+    over_steps.set(xlabel="step", ylabel="validation loss (nats per byte)")
+    over_lrs.set_title("Each learning rate; the best is marked", fontsize=10)
+    over_steps.set_title("Each optimizer's best run", fontsize=10)
+    finals = [loss for row in rows for loss in row.losses.values() if loss is not None]
+    if finals:
+        low = min(finals)
+        highs = [row.curve[min(1, len(row.curve) - 1)][1] for row in rows if row.curve]
+        over_lrs.set_ylim(0.97 * low, 1.02 * min(max(finals), 1.7 * low))
+        over_steps.set_ylim(0.97 * low, 1.02 * max(highs))
+    for axis in (over_lrs, over_steps):
+        axis.grid(color="#E5E5E5", linewidth=0.8)
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(
+        f"A transformer of {results['parameters'] / 1e6:.2f} M parameters, {options['steps']} steps of "
+        f"{options['batch'] * options['context']} bytes of the {results['data']['name']}",
+        fontsize=11,
+    )
+    figure.legend(handles=lines, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+    figure.savefig(path, dpi=150, metadata={"Description": sweep_section(results)})
+
+
+def stale(text: str, results: Path, root: Path) -> dict[Path, Mapping[str, Any]]:
+    """The pictures that a README shows and that are missing or drawn from other results, with those kept.
+
+    Args:
+        text: The README's.
+        results: The folder of kept results.
+        root: The README's folder.
+    """
+    shown = {root / place: results / f"{name}.json" for place, name in FIGURES.items() if place in text}
+    kept: dict[Path, Mapping[str, Any]] = {figure: json.loads(path.read_text()) for figure, path in shown.items()}
+    return {figure: content for figure, content in kept.items() if _description(figure) != sweep_section(content)}
+
+
+def _description(path: Path) -> str | None:
+    """What a PNG says of itself."""
+    if not path.is_file():
+        return None
+    with Image.open(path) as image:
+        return image.info.get("Description")
+
+
+def _columns(points: Iterable[tuple[float, float]]) -> tuple[list[float], list[float]]:
+    x_and_y = list(points)
+    return [x for x, _ in x_and_y], [y for _, y in x_and_y]
+
+
+def _kind(source: str, mode: str) -> str:
+    """Which of `_KINDS` a bar is."""
+    if source == "gradwire":
+        return "gradwire, fused" if mode == "fused" else "gradwire, eager"
+    return source if source == "torch" else "other packages"
 
 
 def _panels(title: str, height: float) -> tuple[Figure, list[tuple[Axes, str]]]:

@@ -2,7 +2,9 @@
 
 import json
 import re
+import statistics
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,20 @@ from gradwire.bench.errors import UsageError
 from gradwire.bench.progress import size
 
 COLUMNS = ("Configuration", "Validation loss", "Difference", "Bytes per step", "Compression", "Seconds")
+OPTIM_COLUMNS = (
+    "`fused=True`",
+    "4096x4096",
+    "GPT-2 small",
+    "Over the floor",
+    "µs per tensor of 4096",
+    "First step",
+    "Peak memory",
+    "Eager",
+    "Other packages",
+)
+SWEEP_COLUMNS = ("Optimizer", "Best learning rate", "Validation loss", "Difference")
+FIGURES = {"docs/optimizers.png": "sweep"}
+"""Pictures that the README may show, and the results that they are drawn from."""
 
 
 def rows(runs: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
@@ -55,7 +71,156 @@ def train_section(results: Mapping[str, Any]) -> str:
     )
 
 
-_SECTIONS: dict[str, Callable[[Mapping[str, Any]], str]] = {"train": train_section}
+def optim_rows(results: Mapping[str, Any]) -> dict[tuple[str, str, str], dict[str, Any]]:
+    """Results of `bench optim` by `(algorithm, source, mode)` and case: those of one algorithm together, in order."""
+    algorithms = list(dict.fromkeys(result["algorithm"] for result in results["results"]))
+    found: dict[tuple[str, str, str], dict[str, Any]] = {}
+    for result in sorted(results["results"], key=lambda result: algorithms.index(result["algorithm"])):
+        found.setdefault((result["algorithm"], result["source"], result["mode"]), {})[result["case"]] = result
+    return found
+
+
+def optim_section(results: Mapping[str, Any]) -> str:
+    """What the README shows of `gradwire bench optim`: one row per algorithm, and how it was made.
+
+    Raises:
+        UsageError: A case was not measured.
+    """
+    found, machine, cases = optim_rows(results), results["machine"], results["cases"]
+    if cases.keys() != {"matrix", "gpt2", "small"}:
+        raise UsageError(f"report: expected results of bench optim on all cases, got {', '.join(cases)}.")
+    lines = ["| " + " | ".join(OPTIM_COLUMNS) + " |", "|---" + "|---:" * (len(OPTIM_COLUMNS) - 2) + "|---|"]
+    for algorithm in dict.fromkeys(algorithm for algorithm, _, _ in found):
+        variants = {(source, mode): by_case for (name, source, mode), by_case in found.items() if name == algorithm}
+        owners = [own for own in ("gradwire", "torch") if (own, "fused") in variants]
+        lines += ["| " + " | ".join(_optim_cells(algorithm, own, variants)) + " |" for own in owners]
+    absent = "; ".join(f"{name}: {reason}" for name, reason in results["not_measured"].items())
+    return (
+        "\n".join(lines) + "\n\n"
+        "Step time over that of torch's fused AdamW in the same rounds: less is faster. Columns without a case are of "
+        f"GPT-2 small, {cases['gpt2']['parameters'] / 1e6:.0f} M parameters in {cases['gpt2']['tensors']} tensors. "
+        "Floor: the bytes that a step must move, at the speed of a copy "
+        f"({cases['gpt2']['copy_bytes_per_s'] / 1e9:.0f} GB/s). First step: with an empty and with a filled compiler "
+        "cache. Peak memory: above weights, gradients and state, as a share of them. Eager: the faster of loop and "
+        f"`foreach`. {machine.get('gpu', machine['cpu'])}, threads: {machine['threads']}, torch {machine['torch']}, "
+        f"{machine['date'][:10]}.{f' Not measured: {absent}.' if absent else ''} Made by `{machine['command']}`."
+    )
+
+
+def _optim_cells(algorithm: str, own: str, variants: Mapping[tuple[str, str], Mapping[str, Any]]) -> list[str]:
+    """Cells under `OPTIM_COLUMNS`: the fused form, the best eager one, and other packages, on GPT-2 small."""
+
+    def cell(case: str, name: str, form: str) -> str:
+        value = variants[own, "fused"].get(case, {}).get(name)
+        return "" if value is None else format(value, form)
+
+    ratios = {key: by_case["gpt2"]["ratio"] for key, by_case in variants.items() if "gpt2" in by_case}
+    eager = [f"{ratio:.1f}" for (source, mode), ratio in ratios.items() if source == own and mode != "fused"]
+    others = [f"{source} {ratio:.1f}" for (source, _), ratio in ratios.items() if source != own]
+    first_steps = [cell("gpt2", f"first_step_{kind}_s", ".1f") for kind in ("cold", "warm")]
+    return [
+        f"`{algorithm}`" if own == "gradwire" else f"`{algorithm}` of {own}",
+        cell("matrix", "ratio", ".2f"),
+        cell("gpt2", "ratio", ".2f"),
+        cell("gpt2", "over_floor", ".1f"),
+        cell("small", "us_per_tensor", ".1f"),
+        f"{', '.join(first_steps)} s" if all(first_steps) else "",
+        cell("gpt2", "peak_share", ".1%"),
+        min(eager, key=float, default=""),
+        ", ".join(others),
+    ]
+
+
+@dataclass(frozen=True)
+class SweepRow:
+    """One optimizer of `bench sweep`.
+
+    Args:
+        optimizer: As text.
+        losses: Final validation loss by learning rate, the mean over seeds; None where a seed diverged.
+        lr: The rate with the least loss; None if there is none.
+        loss: That loss.
+        difference: From that of the first optimizer.
+        edge: Whether `lr` is the grid's least or greatest.
+        curve: `(step, validation loss)` at `lr`, the mean over seeds.
+    """
+
+    optimizer: str
+    losses: Mapping[float, float | None]
+    lr: float | None
+    loss: float | None
+    difference: float | None
+    edge: bool
+    curve: Sequence[tuple[int, float]]
+
+
+def sweep_rows(results: Mapping[str, Any]) -> list[SweepRow]:
+    """Results of `bench sweep` by optimizer, in its order.
+
+    Raises:
+        UsageError: The sweep has not ended.
+    """
+    lrs, seeds = results["lrs"], results["seeds"]
+    runs = {(run["optimizer"], run["lr"], run["seed"]): run for run in results["runs"]}
+    total = len(results["optimizers"]) * len(lrs) * len(seeds)
+    if len(runs) < total:
+        raise UsageError(f"report: expected a finished sweep, got {len(runs)} of {total} runs. Start it again.")
+    rows: list[SweepRow] = []
+    for optimizer in results["optimizers"]:
+        at = {lr: [runs[optimizer, lr, seed] for seed in seeds] for lr in lrs}
+        losses = {lr: _mean([run["validation_loss"] for run in some]) for lr, some in at.items()}
+        known = {lr: loss for lr, loss in losses.items() if loss is not None}
+        lr = min(known, key=known.__getitem__, default=None)
+        if lr is None:
+            rows.append(SweepRow(optimizer, losses, None, None, None, False, ()))
+            continue
+        base = rows[0].loss if rows else known[lr]
+        points = zip(*(run["curve"] for run in at[lr]), strict=True)
+        curve = [(point[0]["step"], statistics.mean(one["validation_loss"] for one in point)) for point in points]
+        difference = None if base is None else known[lr] - base
+        rows.append(SweepRow(optimizer, losses, lr, known[lr], difference, lr in (lrs[0], lrs[-1]), curve))
+    return rows
+
+
+def _mean(losses: Sequence[float | None]) -> float | None:
+    known = [loss for loss in losses if loss is not None]
+    return statistics.mean(known) if len(known) == len(losses) else None
+
+
+def sweep_section(results: Mapping[str, Any]) -> str:
+    """What the README shows of `gradwire bench sweep`: each optimizer at its best rate, and what the sweep was.
+
+    Raises:
+        UsageError: The sweep has not ended.
+    """
+    found, options, machine = sweep_rows(results), results["options"], results["machine"]
+    lines = ["| " + " | ".join(SWEEP_COLUMNS) + " |", "|---" + "|---:" * (len(SWEEP_COLUMNS) - 1) + "|"]
+    for row in found:
+        if row.lr is None:
+            cells = ["every one diverged", "", ""]
+        else:
+            difference = "" if row is found[0] or row.difference is None else f"{row.difference:+.3f}"
+            cells = [f"{row.lr:g}{' (edge of the grid)' if row.edge else ''}", f"{row.loss:.3f}", difference]
+        lines.append("| " + " | ".join([f"`{row.optimizer}`", *cells]) + " |")
+    tokens = options["batch"] * options["context"]
+    seeds = results["seeds"]
+    return (
+        "\n".join(lines) + "\n\n"
+        f"Nats per byte on held-out text of the {results['data']['name']}; a transformer of "
+        f"{results['parameters'] / 1e6:.2f} M parameters, {options['steps']} steps of {tokens} bytes, "
+        f"{'seed 0' if len(seeds) == 1 else f'the mean over seeds 0 to {seeds[-1]}'}. The same sweep for each: peak "
+        f"learning rates {', '.join(f'{lr:g}' for lr in results['lrs'])}, reached after a warm-up of "
+        f"{options['warmup']:.0%} of the steps and brought down to zero by a cosine; all else as by default; the rate "
+        f"with the least final loss counts. torch {machine['torch']}, {machine['date'][:10]}. Made by "
+        f"`{machine['command']}`."
+    )
+
+
+_SECTIONS: dict[str, Callable[[Mapping[str, Any]], str]] = {
+    "train": train_section,
+    "optim": optim_section,
+    "sweep": sweep_section,
+}
 
 
 def fill(text: str, results: Path) -> str:

@@ -6,9 +6,10 @@ from typing import Literal, final
 import torch
 from torch import Tensor
 
+from gradwire.compression import counter_rng
 from gradwire.compression.base import Compressor, Part, Randomness, Reduction
 from gradwire.compression.checks import check_choice, check_scale
-from gradwire.compression.rounding import stochastic_round
+from gradwire.compression.rounding import round_to_format
 
 _FORMATS = ("bfloat16", "float16", "float8_e4m3fn", "float8_e5m2")
 _WIDTH_16, _WIDTH_8 = 64, 256
@@ -121,9 +122,8 @@ class Cast(Compressor):
         """Random rounding to the format's grid; conversion itself rounds to nearest."""
         if not self.stochastic:
             return x
-        power = (x.view(torch.int32) & 0x7F800000).view(torch.float32)  # 2^exponent: the sign and fraction cleared
-        quantum = power.clamp(min=self._format.smallest_normal) * self._format.eps
-        return stochastic_round(x / quantum, keys) * quantum
+        assert keys is not None
+        return round_to_format(x, self._dtype, counter_rng.uniform(keys, x.shape[1]))
 
     def check_parts(self, parts: tuple[Tensor, ...], width: int) -> None:
         """8 bits: no code stands for NaN or infinity, and scales are finite and not negative."""

@@ -7,10 +7,12 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from gradwire.optim.base import Optimizer, Options
+from gradwire.optim.base import Optimizer
 from gradwire.optim.checks import check_betas, check_lr, check_range
-from gradwire.optim.kernels import Dims, Scalars
-from gradwire.optim.projection import by_rows, project_
+from gradwire.optim.kernels import Scalars
+from gradwire.optim.layout import Dims
+from gradwire.optim.options import Options
+from gradwire.optim.projection import by_rows, project_, thresholds
 from gradwire.optim.shards import Shards
 
 
@@ -36,7 +38,7 @@ class AdamP(Optimizer):
         delta: Threshold of the test, >= 0; 0 turns the projection off.
         wd_ratio: Share of the decay that scale-invariant weights get, >= 0.
         nesterov: Use `beta1 m + (1 - beta1) g` in place of m in u.
-        options: How it runs: `foreach`, `fused`, `maximize` and more, see `Optimizer`.
+        options: How it runs: `foreach`, `fused`, `maximize` and more, see `Options`.
 
     Shapes:
         Any, also empty and 0-d, in any memory layout.
@@ -109,13 +111,13 @@ class AdamP(Optimizer):
             "one_minus_beta1": 1 - beta1,
             "beta2": beta2,
             "one_minus_beta2": 1 - beta2,
-            "root_correction": (1 - beta2**step).sqrt(),
+            "inverse_root_correction": (1 - beta2**step) ** -0.5,
             "step_size": group["lr"] / (1 - beta1**step),
             "decay": group["lr"] * group["weight_decay"],
             "eps": group["eps"],
-            "delta": group["delta"],
             "wd_ratio": group["wd_ratio"],
             "nesterov": group["nesterov"],
+            **thresholds(sizes, group["delta"]),
         }
 
     @staticmethod
@@ -129,21 +131,21 @@ class AdamP(Optimizer):
         torch._foreach_addcmul_(exp_avg_sqs, torch._foreach_mul(grads, scalars["one_minus_beta2"]), grads)
 
         denominators = torch._foreach_sqrt(exp_avg_sqs)
-        torch._foreach_div_(denominators, scalars["root_correction"])
+        torch._foreach_mul_(denominators, scalars["inverse_root_correction"])
         torch._foreach_add_(denominators, scalars["eps"])
         nesterov = scalars["nesterov"]
         updates = torch._foreach_lerp(exp_avgs, grads, scalars["one_minus_beta1"]) if nesterov else exp_avgs
         updates = torch._foreach_div(updates, denominators)
 
         once: list[Tensor] = []
-        for param, grad, update in zip(params, grads, updates, strict=True):
-            if param.ndim == 1:
-                param.mul_(1 - scalars["decay"])
-            else:
-                projected, radial = project_(update, param, grad, delta=scalars["delta"], eps=scalars["eps"])
-                keep = 1 - scalars["decay"] * torch.where(projected, scalars["wd_ratio"], param.new_ones(()))
-                param.mul_(keep)
-                once += [radial, keep]
+        if params[0].ndim == 1:
+            torch._foreach_mul_(params, 1 - scalars["decay"])
+        else:
+            projected, radials = project_(updates, params, grads, scalars, shards)
+            one = params[0].new_ones(())
+            kept = [1 - scalars["decay"] * torch.where(p, scalars["wd_ratio"], one) for p in projected]
+            torch._foreach_mul_(params, kept)
+            once = [*radials, *kept]
         torch._foreach_mul_(updates, scalars["step_size"])
         torch._foreach_sub_(params, updates)
         return once

@@ -7,43 +7,25 @@ Nothing in a step waits for an accelerator: step counts live beside their parame
 """
 
 import contextlib
+import functools
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, TypedDict, final, overload
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, final, overload
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from gradwire.compression import counter_rng
 from gradwire.compression.base import compute_dtype
-from gradwire.optim.kernels import Dims, Flat, Scalars, real, step_compiled, step_eager
+from gradwire.optim.bucket import Bucket
+from gradwire.optim.compiled import step_compiled
+from gradwire.optim.differentiable import step_differentiable
+from gradwire.optim.kernels import Around, Scalars, step_eager
+from gradwire.optim.layout import Dims, Flat, local, real_shape
+from gradwire.optim.options import DEFAULTS, STORAGE, Options, check_options
 from gradwire.optim.shards import Shards
-
-
-class Options(TypedDict, total=False):
-    """How an optimizer runs: keyword arguments of every class here, described by `Optimizer`."""
-
-    foreach: bool | None
-    fused: bool | None
-    maximize: bool
-    capturable: bool
-    differentiable: bool
-    stochastic_rounding: bool
-    kahan_sum: bool
-    state_dtype: torch.dtype | None
-
-
-_DEFAULTS = Options(
-    foreach=None,
-    fused=None,
-    maximize=False,
-    capturable=False,
-    differentiable=False,
-    stochastic_rounding=False,
-    kahan_sum=False,
-    state_dtype=None,
-)
 
 
 class Optimizer(torch.optim.Optimizer, ABC):
@@ -56,16 +38,23 @@ class Optimizer(torch.optim.Optimizer, ABC):
     Args:
         params: Tensors, `(name, tensor)` pairs or groups of them, as for every `torch.optim.Optimizer`.
         defaults: The algorithm's hyper-parameters; a group may override each.
-        options: The keyword arguments of `Options`.
+        options: The keyword arguments of `Options`, which a group may override, too.
     """
+
+    elementwise: ClassVar[bool] = False
+    """Whether `update_` treats each element alone, and so may see a tensor in pieces."""
+
+    supports_complex: ClassVar[bool] = True
+    """Whether the update has a meaning for the real view of a complex parameter."""
 
     _step_supports_amp_scaling = True  # GradScaler then hands over grad_scale and found_inf and does not wait for them
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any], options: Options) -> None:
-        unknown = options.keys() - _DEFAULTS.keys()
+        unknown = options.keys() - DEFAULTS.keys()
         if unknown:
             raise TypeError(f"{type(self).__name__}: got unexpected keyword arguments {sorted(unknown)}.")
-        super().__init__(params, {**defaults, **_DEFAULTS, **options})
+        self._forget()
+        super().__init__(params, {**defaults, **DEFAULTS, **options})
 
     # What a subclass implements.
 
@@ -132,15 +121,16 @@ class Optimizer(torch.optim.Optimizer, ABC):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        found_inf = getattr(self, "found_inf", None)
-        if found_inf is not None and found_inf.device.type == "cpu":
-            if found_inf.item():
-                return loss
-            found_inf = None
         for group in self.param_groups:
-            for bucket in self._buckets(group):
-                self._step_bucket(bucket, group, getattr(self, "grad_scale", None), found_inf)
+            self._step_group(group, group["params"])
         return loss
+
+    @final
+    @torch.no_grad()
+    def step_parameter(self, param: Tensor) -> None:
+        """Update one parameter; hooks on `step` are not called."""
+        self._step_group(self._place(param)[0], [param])
+        self._opt_called = True  # what schedulers look at
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters, checked like the constructor's.
@@ -150,26 +140,36 @@ class Optimizer(torch.optim.Optimizer, ABC):
         """
         if isinstance(param_group, dict):
             group = {**self.defaults, **param_group}
-            if group["foreach"] and group["fused"]:
-                raise ValueError(f"{type(self).__name__}: expected foreach or fused, got both. Leave one of them out.")
+            check_options(type(self).__name__, group)
             self.check_group(group)
         super().add_param_group(param_group)
+        for param in self.param_groups[-1]["params"]:
+            if param.is_complex() and not self.supports_complex:
+                self.param_groups.pop()
+                raise ValueError(
+                    f"{type(self).__name__}: expected real parameters, got {param.dtype} of shape "
+                    f"{tuple(param.shape)}. Its second moments have no meaning for complex ones."
+                )
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state: every tensor is copied, in the dtype this optimizer keeps it in and beside its parameter.
 
         torch casts a state to its parameter's dtype and may share memory with `state_dict`; neither happens here.
+        Hyper-parameters become the saved ones, but for `state_dtype` and `kahan_sum`.
         """
         seen: dict[str, Any] = {}
+        storage = [{name: group[name] for name in STORAGE} for group in self.param_groups]
 
         def see(_: torch.optim.Optimizer, final_state_dict: dict[str, Any]) -> None:
             seen.update(final_state_dict)
 
         def restore(_: torch.optim.Optimizer) -> None:
+            for group, own in zip(self.param_groups, storage, strict=True):
+                group.update(own)
             ids = (i for group in seen["param_groups"] for i in group["params"])
-            own = ((p, group) for group in self.param_groups for p in group["params"])
-            for i, (param, group) in zip(ids, own, strict=True):
+            places = ((p, group) for group in self.param_groups for p in group["params"])
+            for i, (param, group) in zip(ids, places, strict=True):
                 if seen["state"].get(i):
                     self.state[param] = self._own_state(param, group, seen["state"][i])
 
@@ -181,12 +181,21 @@ class Optimizer(torch.optim.Optimizer, ABC):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore from a pickle or a state dict; options that it does not know take their defaults."""
+        self._forget()
         super().__setstate__(state)
         for group in self.param_groups:
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
 
     # The template.
+
+    @final
+    def _forget(self) -> None:
+        """Drop what can be made again from parameters and state."""
+        self._flats: dict[Tensor, Flat] = {}
+        self._places: dict[Tensor, tuple[dict[str, Any], str | int]] = {}
+        self._buckets: dict[tuple[int, torch.dtype], Bucket] = {}
+        self._kept_spares: dict[tuple[int, torch.dtype, tuple[int, ...]], list[Flat]] = {}
 
     @staticmethod
     @final
@@ -197,18 +206,22 @@ class Optimizer(torch.optim.Optimizer, ABC):
     @final
     def _new_state(self, param: Tensor, group: Mapping[str, Any]) -> dict[str, Tensor]:
         step = torch.zeros((), dtype=torch.float32, device=param.device)
-        return {"step": step, **self.init_state(param, group)}
+        state = {"step": step, **self.init_state(param, group)}
+        if group["kahan_sum"] and compute_dtype(param.dtype) != param.dtype:
+            state["compensation"] = torch.zeros_like(param)
+        return state
 
     @final
     def _own_state(self, param: Tensor, group: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, Tensor]:
         """A saved state, each value copied into what this optimizer would have created itself."""
         own = self._new_state(param, group)
-        if own.keys() != saved.keys():
+        if own.keys() - {"compensation"} != saved.keys() - {"compensation"}:
             raise ValueError(
                 f"{type(self).__name__}: expected a state of {sorted(own)}, got {sorted(saved)}. "
                 "It belongs to another optimizer."
             )
-        for name, value in saved.items():
+        for name in own.keys() & saved.keys():
+            value = saved[name]
             if not isinstance(value, Tensor):
                 own[name].fill_(value)  # other packages keep `step` as a number
             elif value.shape == own[name].shape:
@@ -221,51 +234,128 @@ class Optimizer(torch.optim.Optimizer, ABC):
         return own
 
     @final
-    def _buckets(self, group: dict[str, Any]) -> Iterator[list[Tensor]]:
-        """Parameters with gradients, together as far as one call can take them; creates missing states."""
-        buckets: dict[tuple[Any, ...], list[Tensor]] = defaultdict(list)
-        for i, param in enumerate(group["params"]):
-            if param.grad is None:
+    def _step_group(self, group: dict[str, Any], params: Sequence[Tensor]) -> None:
+        """Update those of a group's parameters that have a gradient."""
+        found_inf: Tensor | None = getattr(self, "found_inf", None)
+        if found_inf is not None and _on_host(found_inf):
+            if found_inf.item():
+                return
+            found_inf = None
+        scale: Tensor | None = getattr(self, "grad_scale", None)
+        if group["differentiable"]:
+            with torch.enable_grad():
+                for param in params:
+                    if param.grad is not None:
+                        self._step_differentiable(param, group, scale, found_inf)
+            return
+        buckets: dict[tuple[int, torch.dtype], list[Flat]] = defaultdict(list)
+        for param in params:
+            grad = param.grad
+            if grad is None:
                 continue
-            if param.grad.layout != torch.strided:
-                name = group["param_names"][i] if "param_names" in group else f"number {i} of its group"
+            if grad.layout != torch.strided:
                 raise RuntimeError(
-                    f"{type(self).__name__}: expected dense gradients, got {param.grad.layout} for parameter {name} "
-                    f"of shape {tuple(param.shape)}. Use sparse=False in its layer."
+                    f"{type(self).__name__}: expected dense gradients, got {grad.layout} for parameter "
+                    f"{self._place(param)[1]} of shape {tuple(param.shape)}. Use sparse=False in its layer."
                 )
-            state = self.state[param]
-            if not state:
-                state.update(self._new_state(param, group))
-            dims = self.dims(real(param).shape, group)
-            buckets[param.device, param.dtype, param.grad.dtype, tuple(state), len(dims)].append(param)
-        yield from buckets.values()
+            flat = self._flat(param, group)
+            flat.take(grad)
+            buckets[flat.kind, grad.dtype].append(flat)
+        for flats in buckets.values():
+            self._step_bucket(flats, group, scale, found_inf)
+            for flat in flats:
+                flat.finish()
+            torch.autograd.graph.increment_version([flat.owner for flat in flats])  # for graphs that need old values
 
     @final
     def _step_bucket(
-        self, params: list[Tensor], group: dict[str, Any], grad_scale: Tensor | None, found_inf: Tensor | None
+        self, flats: list[Flat], group: dict[str, Any], scale: Tensor | None, found_inf: Tensor | None
     ) -> None:
-        """Count the step and update parameters of one device and dtype."""
-        device = params[0].device
-        steps = [self.state[p]["step"] for p in params]
+        """Count the step and update parameters of one kind."""
+        spares = functools.partial(self._spares, group, flats[0])
+        key = flats[0].kind, flats[0].grad.dtype
+        bucket = self._buckets.get(key)
+        if bucket is None or bucket.flats != flats or bucket.fused != bool(group["fused"]):
+            bucket = self._buckets[key] = Bucket(flats, spares if group["fused"] else None)
+        device, skip = flats[0].param.device, None
         if found_inf is None:
-            skip = None
-            torch._foreach_add_(steps, 1.0)
+            torch._foreach_add_(bucket.steps, 1.0)
         else:
-            skip = found_inf.to(device, non_blocking=True).reshape(()) != 0
-            torch._foreach_add_(steps, (~skip).to(torch.float32))
-        if grad_scale is not None:
-            grad_scale = grad_scale.to(device, non_blocking=True).reshape(())
-
-        filled = [i for i, p in enumerate(params) if p.numel() > 0]
-        if not filled:
+            skip = local(found_inf).to(device, non_blocking=True).reshape(()) != 0
+            torch._foreach_add_(bucket.steps, (~skip).to(torch.float32))
+        if not bucket.ordered:
             return
-        flats = [Flat.of(params[i], self.state[params[i]], self.dims(real(params[i]).shape, group)) for i in filled]
-        sizes = torch.tensor([flat.param.shape for flat in flats], dtype=torch.float64, device=device)
-        scalars = self.scalars(torch.stack([steps[i] for i in filled]).double(), sizes, group)
-        options: dict[str, Any] = {"maximize": group["maximize"], "scale": grad_scale, "skip": skip}
-        done = step_compiled(self.update_, flats, scalars, **options) if group["fused"] else 0
-        foreach = device.type == "cuda" if group["foreach"] is None else group["foreach"]
-        step_eager(self.update_, flats, scalars, foreach=foreach, first=done, **options)
-        for flat in flats:
-            flat.write_back()
-        torch.autograd.graph.increment_version(params)  # so that autograd notices a graph that needs the old values
+        if scale is not None:
+            scale = local(scale).to(device, non_blocking=True).reshape(())
+        step = torch.stack([flat.step for flat in bucket.ordered]).double()
+        scalars = self.scalars(step, bucket.sizes, group)
+        keys = counter_rng.at_step(bucket.keys, step.long()) if group["stochastic_rounding"] else None
+        around = Around(group["maximize"], scale, skip, keys, self.elementwise)
+        done = step_compiled(self.update_, bucket.ordered, bucket.packs, scalars, around, spares)
+        foreach = bucket.sharded or device.type == "cuda" if group["foreach"] is None else group["foreach"]
+        step_eager(self.update_, bucket.ordered, scalars, around, foreach=foreach, first=done)
+
+    @final
+    def _step_differentiable(
+        self, param: Tensor, group: dict[str, Any], scale: Tensor | None, found_inf: Tensor | None
+    ) -> None:
+        """Count the step and update one parameter, with a history."""
+        state, skip = self._state(param, group), None
+        if found_inf is None:
+            state["step"] = state["step"] + 1
+        else:
+            skip = found_inf.reshape(()) != 0
+            state["step"] = state["step"] + (~skip).to(torch.float32)
+        dims = self.dims(real_shape(param), group)
+        sizes = Flat(param.detach(), state, dims, 0, whole=False).sizes
+        scalars = self.scalars(state["step"].double().reshape(1), sizes.reshape(1, -1), group)
+        step_differentiable(self.update_, param, state, dims, scalars, Around(group["maximize"], scale, skip))
+
+    @final
+    def _flat(self, param: Tensor, group: dict[str, Any]) -> Flat:
+        """The parameter and its state as the update sees them; creates a missing state."""
+        state = self._state(param, group)
+        flat = self._flats.get(param)
+        if flat is None or not flat.fits(state):
+            dims = self.dims(real_shape(param), group)
+            flat = Flat(param, state, dims, self._place(param)[1], whole=not self.elementwise)
+            self._flats[param] = flat
+        return flat
+
+    @final
+    def _state(self, param: Tensor, group: Mapping[str, Any]) -> dict[str, Tensor]:
+        state: dict[str, Tensor] = self.state[param]
+        if not state:
+            state.update(self._new_state(param, group))
+        return state
+
+    @final
+    def _place(self, param: Tensor) -> tuple[dict[str, Any], str | int]:
+        """A parameter's group, and its name or its number in the optimizer."""
+        if param not in self._places:
+            everything = [(p, group, i) for group in self.param_groups for i, p in enumerate(group["params"])]
+            self._places = {
+                p: (group, group["param_names"][i] if "param_names" in group else number)
+                for number, (p, group, i) in enumerate(everything)
+            }
+        return self._places[param]
+
+    @final
+    def _spares(self, group: dict[str, Any], like: Flat, n: int, sizes: Sequence[int]) -> list[Flat]:
+        """At least n parameters of one kind, with gradients, that nobody reads."""
+        spares = self._kept_spares.setdefault((like.kind, like.grad.dtype, tuple(sizes)), [])
+        shape = torch.Size(sizes)
+        while len(self.dims(shape, group)) != len(sizes):
+            shape = torch.Size(2 * size for size in shape)  # below some size, the update sees it in other dimensions
+        while len(spares) < n:
+            param = torch.zeros(shape, dtype=like.param.dtype, device=like.param.device)
+            state = self._new_state(param, group)
+            state["step"].fill_(1.0)
+            spares.append(Flat(param, state, self.dims(shape, group), "spare", whole=False))
+            spares[-1].take(torch.zeros_like(param, dtype=like.grad.dtype))
+        return spares[:n]
+
+
+def _on_host(x: Tensor) -> bool:
+    """Whether reading a number waits for no device."""
+    return x.device.type == "cpu"

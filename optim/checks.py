@@ -1,6 +1,8 @@
 """Checks of optimizers' hyper-parameters with one wording: who, expected, got."""
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 
@@ -27,3 +29,11 @@ def check_range(who: str, name: str, value: object, *, below: float = math.inf) 
     if not isinstance(value, float | int) or isinstance(value, bool) or not 0.0 <= value < below:
         expected = f"0 <= {name}" if below == math.inf else f"0 <= {name} < {below:g}"
         raise ValueError(f"{who}: expected {expected}, got {name}={value!r}.")
+
+
+def check_eps_in_state(who: str, group: Mapping[str, Any]) -> None:
+    """Raise ValueError if the group's `eps` is too small to be told from zero in its `state_dtype`."""
+    dtype, eps = group["state_dtype"], group["eps"]
+    least = 0.0 if dtype is None else torch.finfo(dtype).tiny * torch.finfo(dtype).eps
+    if 0.0 < eps < least:
+        raise ValueError(f"{who}: expected eps >= {least:.1e} with state_dtype={dtype}, got eps={eps!r}.")

@@ -1,11 +1,11 @@
-"""`project_`: takes the radial part out of an update to a scale-invariant weight, for AdamP and its SGD twin."""
-
-import math
+"""`project_`: takes the radial part out of updates to scale-invariant weights, for AdamP and SGDP."""
 
 import torch
 from torch import Tensor
 
-from gradwire.optim.kernels import Dims
+from gradwire.optim.kernels import Scalars
+from gradwire.optim.layout import Dims
+from gradwire.optim.shards import Shards
 
 
 def by_rows(shape: torch.Size) -> Dims:
@@ -13,10 +13,22 @@ def by_rows(shape: torch.Size) -> Dims:
     return ((0,), tuple(range(1, len(shape)))) if len(shape) > 1 else (tuple(range(len(shape))),)
 
 
+def thresholds(sizes: Tensor, delta: float) -> Scalars:
+    """Unrelated vectors of n entries rarely have |cos| below delta / sqrt(n), since sqrt(n) cos is about normal.
+
+    Args:
+        sizes: `[parameters, 2]`, rows and columns; nothing is needed for vectors.
+        delta: Threshold of the test, >= 0.
+    """
+    if sizes.shape[1] == 1:
+        return {}
+    return {"row_threshold": delta * sizes[:, 1] ** -0.5, "matrix_threshold": delta * sizes.prod(1) ** -0.5}
+
+
 def project_(
-    update: Tensor, param: Tensor, grad: Tensor, *, delta: float | Tensor, eps: float | Tensor
-) -> tuple[Tensor, Tensor]:
-    """Project an update onto the tangent space of the weight, in place, if the weight is scale-invariant.
+    updates: list[Tensor], params: list[Tensor], grads: list[Tensor], scalars: Scalars, shards: Shards
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Project each update onto the tangent space of its weight, in place, if the weight is scale-invariant.
 
         u <- u - w <w, u> / (|w| + eps)^2    if max |<g, w>| / (|g| |w|) < delta / sqrt(n)
 
@@ -25,29 +37,42 @@ def project_(
     each row decide everything, without branches, so that one pass over memory gathers all of them.
 
     Args:
-        update: `[rows, columns]`, changed in place.
-        param: The weight w.
-        grad: The gradient g.
-        delta: Threshold of the test, >= 0.
-        eps: Least norm in the test, and added to the norm in the projection.
+        updates: `[rows, columns]` each, changed in place.
+        params: The weights w.
+        grads: The gradients g.
+        scalars: `thresholds`, and `eps`: the least norm in the test, added to the norm in the projection.
+        shards: Sums over whole weights; at most two collectives for all of them.
 
     Returns:
-        0-d bool, whether it was projected; `[rows]`, what multiple of each row of w was taken out.
+        0-d bools, which were projected; `[rows]` each, what multiple of each row of w was taken out.
     """
-    rows, columns = param.shape
-    wg, wu = (param * grad).sum(1), (param * update).sum(1)
-    w, g = torch.linalg.vector_norm(param, dim=1), torch.linalg.vector_norm(grad, dim=1)
-    by_row = _orthogonal(wg, w, g, columns, delta, eps)
+    eps = scalars["eps"]
+    sums: list[Tensor] = []
+    for update, param, grad in zip(updates, params, grads, strict=True):
+        norms = torch.linalg.vector_norm(param, dim=1), torch.linalg.vector_norm(grad, dim=1)
+        sums += [(param * grad).sum(1), (param * update).sum(1), norms[0].square(), norms[1].square()]
+    sums = shards.sum(sums, dim=1)
+    rows = [sums[i : i + 4] for i in range(0, len(sums), 4)]
 
-    all_w, all_g = torch.linalg.vector_norm(w), torch.linalg.vector_norm(g)
-    by_matrix = _orthogonal(wg.sum(), all_w, all_g, rows * columns, delta, eps)
+    totals = []
+    for (wg, wu, ww, gg), threshold in zip(rows, scalars["row_threshold"], strict=True):
+        related = ~(_cosine(wg, ww, gg, eps) < threshold)
+        totals.append(torch.stack([x.sum() for x in (related.to(wg.dtype), wg, wu, ww, gg)]))
+    totals = shards.sum(totals, dim=0)
 
-    radial_by_matrix = torch.where(by_matrix, wu.sum() / (all_w + eps).square(), 0.0)
-    radial = torch.where(by_row, wu / (w + eps).square(), radial_by_matrix)
-    update.addcmul_(param, radial.unsqueeze(1), value=-1)
-    return by_row | by_matrix, radial
+    projected, radials = [], []
+    for update, param, (_, wu, ww, _), total, threshold in zip(
+        updates, params, rows, totals, scalars["matrix_threshold"], strict=True
+    ):
+        related_rows, wg_all, wu_all, ww_all, gg_all = total.unbind()
+        by_row, by_matrix = related_rows == 0, _cosine(wg_all, ww_all, gg_all, eps) < threshold
+        radial_by_matrix = torch.where(by_matrix, wu_all / (ww_all.sqrt() + eps).square(), 0.0)
+        radial = torch.where(by_row, wu / (ww.sqrt() + eps).square(), radial_by_matrix)
+        update.addcmul_(param, radial.unsqueeze(1), value=-1)
+        projected.append(by_row | by_matrix)
+        radials.append(radial)
+    return projected, radials
 
 
-def _orthogonal(wg: Tensor, w: Tensor, g: Tensor, n: int, delta: float | Tensor, eps: float | Tensor) -> Tensor:
-    """Whether |cos| stays below delta / sqrt(n) everywhere; for unrelated vectors sqrt(n) cos is about normal."""
-    return (wg.abs() / w.clamp(min=eps) / g.clamp(min=eps)).max() < delta / math.sqrt(n)
+def _cosine(wg: Tensor, ww: Tensor, gg: Tensor, eps: float | Tensor) -> Tensor:
+    return wg.abs() / ww.sqrt().clamp(min=eps) / gg.sqrt().clamp(min=eps)

@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from reference import feedback, optimizers, quantizers, sparsifiers
+from reference import adafactor, feedback, optimizers, quantizers, sparsifiers
 
 from gradwire import comm, optim
 from gradwire import compression as C
@@ -42,12 +42,14 @@ class OptimizerCase:
         kwargs: Its hyper-parameters, without lr and how it runs (foreach, fused, maximize).
         reference: `(weight, gradients of every step or None, lr of every step, **kwargs) -> weight`, in float64 NumPy.
         errors: `(keyword arguments, regex)` pairs for which the class raises ValueError.
+        rosenbrock_lr: With this lr it descends Rosenbrock's function.
     """
 
     cls: type[optim.Optimizer]
     kwargs: dict[str, Any]
     reference: Callable[..., Any]
     errors: tuple[tuple[dict[str, Any], str], ...] = ()
+    rosenbrock_lr: float = 2e-2
 
 
 @dataclass(frozen=True)
@@ -208,6 +210,145 @@ OPTIMIZERS: list[OptimizerCase] = [
     OptimizerCase(
         optim.AdamP, {"betas": (0.5, 0.9), "eps": 1e-4, "weight_decay": 0.1, "wd_ratio": 0.5}, optimizers.adamp
     ),
+    OptimizerCase(
+        optim.SGDP,
+        {"momentum": 0.9, "weight_decay": 0.01},
+        optimizers.sgdp,
+        errors=(
+            ({"lr": -1.0}, r"SGDP: expected 0 <= lr, got lr=-1\.0\."),
+            ({"momentum": 1.0}, r"expected 0 <= momentum < 1, got momentum=1\.0"),
+            ({"dampening": 1.5}, r"expected 0 <= dampening < 1, got dampening=1\.5"),
+            ({"weight_decay": -0.1}, "expected 0 <= weight_decay"),
+            ({"eps": -1e-8}, "expected 0 <= eps"),
+            ({"delta": -0.1}, "expected 0 <= delta"),
+            ({"wd_ratio": -0.1}, "expected 0 <= wd_ratio"),
+        ),
+        rosenbrock_lr=5e-4,
+    ),
+    OptimizerCase(optim.SGDP, {}, optimizers.sgdp),
+    OptimizerCase(optim.SGDP, {"momentum": 0.9, "weight_decay": 0.1, "nesterov": True, "delta": 1.0}, optimizers.sgdp),
+    OptimizerCase(
+        optim.SGDP,
+        {"momentum": 0.5, "dampening": 0.3, "weight_decay": 0.1, "eps": 1e-4, "wd_ratio": 0.5},
+        optimizers.sgdp,
+    ),
+    OptimizerCase(
+        optim.AdaBelief,
+        {},
+        optimizers.adabelief,
+        errors=(
+            ({"lr": -1.0}, r"AdaBelief: expected 0 <= lr, got lr=-1\.0\."),
+            ({"betas": (1.0, 0.9)}, r"expected 0 <= betas\[0\] < 1, got betas\[0\]=1\.0"),
+            ({"eps": -1e-16}, "expected 0 <= eps, got eps=-1e-16"),
+            ({"weight_decay": -0.1}, "expected 0 <= weight_decay"),
+            (
+                {"state_dtype": torch.float16},
+                r"AdaBelief: expected eps >= 6\.0e-08 with state_dtype=torch\.float16, got eps=1e-16",
+            ),
+            ({"fixed_decay": True, "weight_decouple": False}, "expected weight_decouple with fixed_decay"),
+        ),
+        rosenbrock_lr=5e-4,  # the first steps follow the gradient itself
+    ),
+    OptimizerCase(
+        optim.AdaBelief,
+        {"rectify": False, "amsgrad": True, "weight_decay": 0.1, "weight_decouple": False, "eps": 1e-8},
+        optimizers.adabelief,
+    ),
+    OptimizerCase(
+        optim.AdaBelief,
+        {"rectify": False, "betas": (0.5, 0.9), "weight_decay": 0.01, "fixed_decay": True},
+        optimizers.adabelief,
+    ),
+    OptimizerCase(
+        optim.AdaBelief,
+        {"degenerated_to_sgd": False, "amsgrad": True, "weight_decay": 0.1, "betas": (0.9, 0.99)},
+        optimizers.adabelief,
+    ),
+    OptimizerCase(optim.AdaBelief, {"betas": (0.9, 0.5)}, optimizers.adabelief),  # never rectified: rho_max is 3
+    OptimizerCase(
+        optim.LaProp,
+        {},
+        optimizers.laprop,
+        errors=(
+            ({"lr": -1.0}, r"LaProp: expected 0 <= lr, got lr=-1\.0\."),
+            ({"betas": (0.9,)}, "expected a pair betas"),
+            ({"eps": -1e-15}, "expected 0 <= eps, got eps=-1e-15"),
+            ({"weight_decay": -0.1}, "expected 0 <= weight_decay"),
+            ({"steps_before_using_centered": -1}, "expected 0 <= steps_before_using_centered"),
+            (
+                {"state_dtype": torch.float16},
+                r"LaProp: expected eps >= 6\.0e-08 with state_dtype=torch\.float16, got eps=1e-15",
+            ),
+            (
+                {"state_dtype": torch.bfloat16, "centered": True},
+                r"LaProp: expected a state_dtype .* with centered, got state_dtype=torch\.bfloat16. Use torch.float32",
+            ),
+        ),
+    ),
+    OptimizerCase(optim.LaProp, {"weight_decay": 0.1, "amsgrad": True, "eps": 1e-4}, optimizers.laprop),
+    OptimizerCase(
+        optim.LaProp,
+        {"betas": (0.5, 0.99), "weight_decay": 0.01, "fixed_decay": True, "centered": True},
+        optimizers.laprop,
+    ),
+    OptimizerCase(
+        optim.LaProp,
+        {"paper_momentum": True, "centered": True, "amsgrad": True, "steps_before_using_centered": 3},
+        optimizers.laprop,
+    ),
+    OptimizerCase(
+        optim.DiffGrad,
+        {},
+        optimizers.diffgrad,
+        errors=(
+            ({"lr": -1.0}, r"DiffGrad: expected 0 <= lr, got lr=-1\.0\."),
+            ({"betas": (0.9, 1.0)}, r"expected 0 <= betas\[1\] < 1, got betas\[1\]=1\.0"),
+            ({"eps": -1e-8}, "expected 0 <= eps, got eps=-1e-08"),
+            ({"weight_decay": -0.1}, "expected 0 <= weight_decay"),
+            ({"version": 3}, r"expected version in \(0, 1, 2\), got version=3"),
+        ),
+    ),
+    OptimizerCase(optim.DiffGrad, {"weight_decay": 0.1, "version": 1}, optimizers.diffgrad),
+    OptimizerCase(optim.DiffGrad, {"betas": (0.5, 0.9), "eps": 1e-4, "version": 2}, optimizers.diffgrad),
+    OptimizerCase(optim.DiffGrad, {"weight_decay": 0.1, "original": True}, optimizers.diffgrad),
+    OptimizerCase(
+        optim.Adafactor,
+        {},
+        adafactor.adafactor,
+        errors=(
+            ({"lr": -1.0}, r"Adafactor: expected 0 <= lr, got lr=-1\.0\."),
+            ({"lr": None}, "expected 0 <= lr, got lr=None"),
+            ({"beta2_decay": 0.8}, r"expected beta2_decay <= 0, got beta2_decay=0\.8"),
+            ({"eps": 1e-8}, "expected a pair eps"),
+            ({"eps": (-1.0, 1e-3)}, r"expected 0 <= eps\[0\]"),
+            ({"eps": (1e-30, None)}, r"expected 0 <= eps\[1\], got eps\[1\]=None"),
+            ({"d": 0.0}, r"expected d > 0 or None, got d=0\.0"),
+            ({"weight_decay": -0.1}, "expected 0 <= weight_decay"),
+            ({"beta1": 1.0}, r"expected 0 <= beta1 < 1, got beta1=1\.0"),
+            ({"beta2_cap": 1.0}, r"expected 0 <= beta2_cap < 1, got beta2_cap=1\.0"),
+            ({"step_offset": -1}, "expected 0 <= step_offset"),
+            ({"min_dim_size_to_factor": -1}, "expected 0 <= min_dim_size_to_factor"),
+            ({"warmup_init": True, "relative_step": False}, "expected relative_step with warmup_init"),
+            ({"factored_dims": "first"}, r"expected factored_dims in \('last', 'largest'\), got factored_dims='first'"),
+            ({"decay": "rms"}, r"expected decay in \('lr', 'effective'\), got decay='rms'"),
+        ),
+    ),
+    OptimizerCase(
+        optim.Adafactor,
+        {"beta1": 0.9, "weight_decay": 0.1, "decay": "effective", "relative_step": False, "d": 0.8},
+        adafactor.adafactor,
+    ),
+    OptimizerCase(
+        optim.Adafactor,
+        {"factored_dims": "largest", "min_dim_size_to_factor": 4, "beta2_cap": 0.9, "weight_decay": 0.1, "d": None},
+        adafactor.adafactor,
+    ),
+    OptimizerCase(
+        optim.Adafactor,
+        {"beta2_decay": -0.5, "eps": (None, 0.1), "step_offset": 3, "warmup_init": True, "beta1": 0.5},
+        adafactor.adafactor,
+    ),
+    OptimizerCase(optim.Adafactor, {"scale_parameter": False, "eps": (1e-8, 0.0)}, adafactor.adafactor),
 ]
 
 FEEDBACKS: list[FeedbackCase] = [

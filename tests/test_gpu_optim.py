@@ -119,3 +119,51 @@ def test_found_inf_of_a_communicator_is_not_waited_for(mode: dict[str, Any]) -> 
     for p, old in zip(device, before, strict=True):
         assert torch.equal(p, old)
     assert {optimizer.state[p]["step"].item() for p in device} == {1.0}
+
+
+@every_class
+@every_mode
+def test_can_be_captured_in_a_cuda_graph(case: OptimizerCase, mode: dict[str, Any]) -> None:
+    """Replays go on counting steps and see a learning rate that changes in its tensor."""
+    device, optimizer, host, reference = on_both(case, torch.float32, capturable=True, **mode)
+    lr = torch.tensor(1e-2, device="cuda")
+    optimizer.param_groups[0]["lr"] = lr
+    give_gradients(device, host)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            optimizer.step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        optimizer.step()
+    for step in range(4):
+        if step == 2:
+            lr.fill_(1e-3)
+        graph.replay()
+    for step in range(7):
+        reference.param_groups[0]["lr"] = 1e-2 if step < 5 else 1e-3
+        reference.step()
+    for p, q in zip(device, host, strict=True):
+        torch.testing.assert_close(p.detach().cpu(), q.detach(), rtol=1e-4, atol=1e-5)
+        assert optimizer.state[p]["step"].item() == 7.0
+
+
+@every_class
+@every_mode
+@pytest.mark.parametrize("keeper", [{"stochastic_rounding": True}, {"kahan_sum": True}], ids=str)
+def test_sixteen_bits_keep_small_steps(case: OptimizerCase, mode: dict[str, Any], keeper: dict[str, Any]) -> None:
+    exact = nn.Parameter(torch.full((64, 64), 1.5, dtype=torch.float64))
+    kept = nn.Parameter(exact.detach().bfloat16().cuda())
+    options = {**case.kwargs, "lr": 1e-4}
+    one, other = case.cls([exact], **options), case.cls([kept], **options, **keeper, **mode)
+    for _ in range(40):
+        exact.grad = (torch.rand(64, 64) + 0.5).bfloat16().double()
+        kept.grad = exact.grad.bfloat16().cuda()
+        one.step()
+        other.step()
+    moved = kept.detach().double().cpu()
+    if "kahan_sum" in keeper:
+        moved += other.state[kept]["compensation"].double().cpu()
+    assert (1.5 - moved.mean()).item() == pytest.approx((1.5 - exact.mean()).item(), rel=0.05)

@@ -1,7 +1,8 @@
 """The README is true: its program runs, its sessions print what they say, its commands work, its table adds up.
 
 All `python` blocks, and the `diff` at the top with the change made, are one program, run by torchrun with 2 ranks.
-`pycon` blocks are one doctest. Every `gradwire` command of an `sh` block runs as written, with `_SHORT` appended.
+`pycon` blocks are one doctest; `py` blocks, for packages that are not here, are only parsed. Every `gradwire` command of
+an `sh` block runs as written, with `_SHORT` appended.
 """
 
 import ast
@@ -19,12 +20,13 @@ from typing import Any
 import pytest
 import torch
 
-from gradwire import compression
+from gradwire import compression, optim
 
 README = Path(__file__).parent.parent / "README.md"
 _SHORT = {
     "gradwire train": " --steps 2 --layers 1 --width 32 --heads 2 --context 32 --batch 2",
     "gradwire bench compression": " --numel 65536 --no-fused",
+    "gradwire bench optim": " --quick --no-fused --no-rivals",
 }
 
 
@@ -91,6 +93,17 @@ def test_sessions_print_what_they_say() -> None:
     report: list[str] = []
     doctest.DocTestRunner(verbose=False).run(examples, out=report.append)
     assert report == []
+
+
+def test_what_is_shown_without_being_run_is_python() -> None:
+    assert ast.parse("\n".join(_lines("py"))).body
+
+
+def test_table_of_optimizers_is_complete() -> None:
+    table = README.read_text().partition("| optimizer |")[2].partition("\n\n")[0]
+    named = re.findall(r"^\| `(\w+)\(\)` \|", table, flags=re.MULTILINE)
+    classes = {cls for cls in vars(optim).values() if isinstance(cls, type)} - {optim.Optimizer}
+    assert sorted(named) == sorted(cls.__name__ for cls in classes)
 
 
 def test_table_of_compressors_adds_up() -> None:

@@ -314,6 +314,8 @@ def _trained(tasks: Sequence[Options], workers: int) -> Iterator[Record]:
     finally:
         for process in processes:
             process.terminate()
+        for process in processes:
+            process.join()
 
 
 def _work(pipe: Connection) -> None:

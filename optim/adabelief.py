@@ -138,7 +138,7 @@ class AdaBelief(Optimizer):
         return {
             "one_minus_beta1": 1 - beta1,
             "one_minus_beta2": 1 - beta2,
-            "eps": eps,
+            "eps": torch.full_like(step, eps),
             "decay": decay,
             "root_scale": root_scale,
             "offset": offset,

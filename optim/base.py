@@ -194,8 +194,7 @@ class Optimizer(torch.optim.Optimizer, ABC):
         """Drop what can be made again from parameters and state."""
         self._flats: dict[Tensor, Flat] = {}
         self._places: dict[Tensor, tuple[dict[str, Any], str | int]] = {}
-        self._buckets: dict[tuple[int, torch.dtype], Bucket] = {}
-        self._kept_spares: dict[tuple[int, torch.dtype, tuple[int, ...]], list[Flat]] = {}
+        self._buckets: dict[tuple[int, int, torch.dtype], Bucket] = {}
 
     @staticmethod
     @final
@@ -273,7 +272,7 @@ class Optimizer(torch.optim.Optimizer, ABC):
     ) -> None:
         """Count the step and update parameters of one kind."""
         spares = functools.partial(self._spares, group, flats[0])
-        key = flats[0].kind, flats[0].grad.dtype
+        key = id(group), flats[0].kind, flats[0].grad.dtype
         bucket = self._buckets.get(key)
         if bucket is None or bucket.flats != flats or bucket.fused != bool(group["fused"]):
             bucket = self._buckets[key] = Bucket(flats, spares if group["fused"] else None)
@@ -342,18 +341,18 @@ class Optimizer(torch.optim.Optimizer, ABC):
 
     @final
     def _spares(self, group: dict[str, Any], like: Flat, n: int, sizes: Sequence[int]) -> list[Flat]:
-        """At least n parameters of one kind, with gradients, that nobody reads."""
-        spares = self._kept_spares.setdefault((like.kind, like.grad.dtype, tuple(sizes)), [])
+        """Parameters of one kind, with gradients, that nobody reads; larger than `sizes` if need be."""
         shape = torch.Size(sizes)
         while len(self.dims(shape, group)) != len(sizes):
             shape = torch.Size(2 * size for size in shape)  # below some size, the update sees it in other dimensions
-        while len(spares) < n:
+        spares = []
+        for _ in range(n):
             param = torch.zeros(shape, dtype=like.param.dtype, device=like.param.device)
             state = self._new_state(param, group)
             state["step"].fill_(1.0)
             spares.append(Flat(param, state, self.dims(shape, group), "spare", whole=False))
             spares[-1].take(torch.zeros_like(param, dtype=like.grad.dtype))
-        return spares[:n]
+        return spares
 
 
 def _on_host(x: Tensor) -> bool:

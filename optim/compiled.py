@@ -19,7 +19,7 @@ _SMALL = 1 << 15
 """Parameters below this size have kernels of their own: Inductor fixes the number of threads at the first size it sees,
 and the call costs more than the work, so that more of them share one."""
 
-_PACKS = {True: 16, False: 4}
+_PACKS = {True: 8, False: 2}
 """Parameters that one compiled call takes, small ones of one shape or large ones of any: with more, calls cost less and
 compiling them more. Passing a size costs as much as updating a hundred elements, hence the one shape."""
 

@@ -109,7 +109,7 @@ class DiffGrad(Optimizer):
             **({"change": -(step == 1).to(step.dtype)} if group["original"] else {}),
             "one_minus_beta1": 1 - beta1,
             "one_minus_beta2": 1 - beta2,
-            "eps": group["eps"],
+            "eps": torch.full_like(step, group["eps"]),
             "step_size": group["lr"] * ((1 - beta2**step).sqrt() / (1 - beta1**step)),
             "weight_decay": group["weight_decay"],
             "original": group["original"],
@@ -121,7 +121,7 @@ class DiffGrad(Optimizer):
     def update_(
         params: list[Tensor], grads: list[Tensor], state: dict[str, list[Tensor]], scalars: Scalars, shards: Shards
     ) -> None:
-        """One step of the equations above; `previous_grad` lends its memory to the friction."""
+        """One step of the equations above."""
         exp_avgs, exp_avg_sqs = state["exp_avg"], state["exp_avg_sq"]
         decayed = torch._foreach_mul(params, scalars["weight_decay"])
         torch._foreach_add_(decayed, grads)
@@ -132,15 +132,19 @@ class DiffGrad(Optimizer):
         torch._foreach_add_(denominators, scalars["eps"])
 
         if scalars["original"]:
-            frictions = list(torch._foreach_mul(decayed, scalars["change"]))
+            frictions = torch._foreach_mul(decayed, scalars["change"])
         else:
-            frictions = state["previous_grad"]
-            torch._foreach_sub_(frictions, decayed)
+            frictions = torch._foreach_sub(state["previous_grad"], decayed)
+            torch._foreach_mul_(state["previous_grad"], 0.0)  # a copy has no derivative
+            torch._foreach_add_(state["previous_grad"], decayed)
         if not scalars["signed"]:
             torch._foreach_abs_(frictions)
         if scalars["stretched"]:
             torch._foreach_mul_(frictions, 0.5)
-        torch._foreach_sigmoid_(frictions)
+        if torch.compiler.is_compiling():  # Inductor would call the other one apart
+            frictions = tuple(x.sigmoid() for x in frictions)
+        else:
+            frictions = torch._foreach_sigmoid(frictions)
         if scalars["stretched"]:
             torch._foreach_mul_(frictions, 9.0)
             torch._foreach_sub_(frictions, 4.0)
@@ -148,6 +152,3 @@ class DiffGrad(Optimizer):
         updates = torch._foreach_mul(exp_avgs, scalars["step_size"])
         torch._foreach_mul_(updates, frictions)
         torch._foreach_addcdiv_(params, updates, denominators, value=-1)
-        if not scalars["original"]:
-            torch._foreach_mul_(state["previous_grad"], 0.0)  # a copy has no derivative
-            torch._foreach_add_(state["previous_grad"], decayed)

@@ -1,8 +1,8 @@
 """The README is true: its program runs, its sessions print what they say, its commands work, its table adds up.
 
 All `python` blocks, and the `diff` at the top with the change made, are one program, run by torchrun with 2 ranks.
-`pycon` blocks are one doctest; `py` blocks, for packages that are not here, are only parsed. Every `gradwire` command of
-an `sh` block runs as written, with `_SHORT` appended.
+`pycon` blocks are one doctest; `py` blocks, for packages that are not here, are only parsed. Every `gradwire` command
+of an `sh` block runs as written, with `_SHORT` appended.
 """
 
 import ast

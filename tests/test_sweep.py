@@ -234,3 +234,11 @@ def test_options_of_all_runs_are_equal_but_for_three(tmp_path: Path, trained: li
     sweep.main(["AdamW"], [0.01], output=tmp_path / "sweep.json")
     kept = json.loads((tmp_path / "sweep.json").read_text())
     assert asdict(sweep.OPTIONS).keys() - kept["options"].keys() == {"optimizer", "lr", "seed"}
+
+
+def test_the_kept_results_are_those_of_the_default_sweep() -> None:
+    kept = json.loads((Path(__file__).parents[1] / "bench" / "results" / "sweep.json").read_text())
+    assert (kept["optimizers"], kept["lrs"]) == (sweep.default_optimizers(), list(sweep.LRS))
+    assert kept["options"].items() <= asdict(sweep.OPTIONS).items()
+    assert all(run["skipped_steps"] == 0 for run in kept["runs"] if not run["diverged"])
+    assert not any(row.edge or row.lr is None for row in sweep.sweep_rows(kept))

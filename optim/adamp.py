@@ -114,7 +114,7 @@ class AdamP(Optimizer):
             "inverse_root_correction": (1 - beta2**step) ** -0.5,
             "step_size": group["lr"] / (1 - beta1**step),
             "decay": group["lr"] * group["weight_decay"],
-            "eps": group["eps"],
+            "eps": torch.full_like(step, group["eps"]),
             "wd_ratio": group["wd_ratio"],
             "nesterov": group["nesterov"],
             **thresholds(sizes, group["delta"]),
@@ -141,7 +141,7 @@ class AdamP(Optimizer):
         if params[0].ndim == 1:
             torch._foreach_mul_(params, 1 - scalars["decay"])
         else:
-            projected, radials = project_(updates, params, grads, scalars, shards)
+            projected, radials = project_(list(updates), params, grads, scalars, shards)
             one = params[0].new_ones(())
             kept = [1 - scalars["decay"] * torch.where(p, scalars["wd_ratio"], one) for p in projected]
             torch._foreach_mul_(params, kept)

@@ -2,7 +2,7 @@
 
 A subclass states its hyper-parameters' ranges (`check_group`), the state of one parameter (`init_state`), the numbers
 that one step needs (`scalars`) and the update on lists of tensors (`update_`). The template owns everything else. Loop,
-foreach and fused are three ways to call that one update: on one parameter, on all of them, or compiled and on one.
+foreach and fused are three ways to call that one update: on one parameter, on all of them, or compiled and on packs.
 Nothing in a step waits for an accelerator: step counts live beside their parameters and are never read by the host.
 """
 
@@ -248,6 +248,7 @@ class Optimizer(torch.optim.Optimizer, ABC):
                         self._step_differentiable(param, group, scale, found_inf)
             return
         buckets: dict[tuple[int, torch.dtype], list[Flat]] = defaultdict(list)
+        known, states = self._flats, self.state
         for param in params:
             grad = param.grad
             if grad is None:
@@ -257,7 +258,9 @@ class Optimizer(torch.optim.Optimizer, ABC):
                     f"{type(self).__name__}: expected dense gradients, got {grad.layout} for parameter "
                     f"{self._place(param)[1]} of shape {tuple(param.shape)}. Use sparse=False in its layer."
                 )
-            flat = self._flat(param, group)
+            flat = known.get(param)
+            if flat is None or not flat.fits(states[param]):
+                flat = self._flat(param, group)
             flat.take(grad)
             buckets[flat.kind, grad.dtype].append(flat)
         for flats in buckets.values():
@@ -278,15 +281,15 @@ class Optimizer(torch.optim.Optimizer, ABC):
             bucket = self._buckets[key] = Bucket(flats, spares if group["fused"] else None)
         device, skip = flats[0].param.device, None
         if found_inf is None:
-            torch._foreach_add_(bucket.steps, 1.0)
+            bucket.steps += 1
         else:
             skip = local(found_inf).to(device, non_blocking=True).reshape(()) != 0
-            torch._foreach_add_(bucket.steps, (~skip).to(torch.float32))
+            bucket.steps += ~skip
         if not bucket.ordered:
             return
         if scale is not None:
             scale = local(scale).to(device, non_blocking=True).reshape(())
-        step = torch.stack([flat.step for flat in bucket.ordered]).double()
+        step = bucket.steps[: len(bucket.ordered)].double()
         scalars = self.scalars(step, bucket.sizes, group)
         keys = counter_rng.at_step(bucket.keys, step.long()) if group["stochastic_rounding"] else None
         around = Around(group["maximize"], scale, skip, keys, self.elementwise)
@@ -313,12 +316,9 @@ class Optimizer(torch.optim.Optimizer, ABC):
     @final
     def _flat(self, param: Tensor, group: dict[str, Any]) -> Flat:
         """The parameter and its state as the update sees them; creates a missing state."""
-        state = self._state(param, group)
-        flat = self._flats.get(param)
-        if flat is None or not flat.fits(state):
-            dims = self.dims(real_shape(param), group)
-            flat = Flat(param, state, dims, self._place(param)[1], whole=not self.elementwise)
-            self._flats[param] = flat
+        dims = self.dims(real_shape(param), group)
+        state, name = self._state(param, group), self._place(param)[1]
+        flat = self._flats[param] = Flat(param, state, dims, name, whole=not self.elementwise)
         return flat
 
     @final

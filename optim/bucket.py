@@ -17,7 +17,7 @@ class Bucket:
         spares: What completes packs, if they are updated by compiled kernels.
 
     Attributes:
-        steps: Their step counts.
+        steps: Step counts of `ordered`, then of the others; every state's `step` is a view of one of them.
         ordered: Those that hold anything, in the order of the packs, spares among them.
         packs: What compiled kernels take.
         sizes: `[len(ordered), dimensions]` float64, of whole parameters.
@@ -27,7 +27,6 @@ class Bucket:
 
     def __init__(self, flats: list[Flat], spares: Spares | None) -> None:
         self.flats, self.fused = flats, spares is not None
-        self.steps = [flat.step for flat in flats]
         self.sharded = bool(flats[0].groups)
         self.ordered = [flat for flat in flats if self.sharded or not flat.empty]
         self.packs: list[Pack] = []
@@ -36,3 +35,7 @@ class Bucket:
                 self.ordered, self.packs = pack(self.ordered, spares)
             self.sizes = torch.stack([flat.sizes for flat in self.ordered])
             self.keys = torch.stack([flat.key for flat in self.ordered])
+        everything = [*self.ordered, *(flat for flat in flats if flat.empty and not self.sharded)]
+        self.steps = torch.stack([flat.step for flat in everything])
+        for flat, step in zip(everything, self.steps.unbind(), strict=True):
+            flat.count_in(step)

@@ -122,7 +122,10 @@ def step_compiled(
             # A shard that is empty or a single row; other processes may run the compiled form of the same sums.
             step_eager(update_, flats[: part.stop], scalars, around, foreach=True, first=part.start)
             continue
-        kernel = _kernel(update_, names, static, around.maximize, part.groups, (part.kind, part.small, *variant))
+        serial = part.small and len(part.shape) > 1
+        kernel = _kernel(
+            update_, names, static, around.maximize, part.groups, serial, (part.kind, part.small, *variant)
+        )
         try:
             if kernel.traced:
                 kernel(part, table, key, around)
@@ -203,6 +206,7 @@ class _Kernel:
         static: Scalars that are compiled in.
         maximize: Whether to ascend.
         groups: Process groups of sharded dimensions.
+        serial: Whether to use one thread: for small matrices, whose many loops take less than waking threads for each.
     """
 
     def __init__(
@@ -212,6 +216,7 @@ class _Kernel:
         static: tuple[tuple[str, bool], ...],
         maximize: bool,
         groups: tuple[tuple[str, ...], ...],
+        serial: bool,
     ) -> None:
         def kernel(
             params: list[Tensor],
@@ -234,6 +239,7 @@ class _Kernel:
         code = kernel.__code__.replace(co_name=name)
         own = types.FunctionType(code, kernel.__globals__, code.co_name, None, kernel.__closure__)
         self._compiled = torch.compile(own, dynamic=True, fullgraph=True, backend=self._compile)
+        self._serial = serial
         self._graphs: list[tuple[Callable[..., Any], list[Any]]] = []
         self._graph: _Graph | None = None
         self.traced = False
@@ -259,7 +265,8 @@ class _Kernel:
     def _compile(self, graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
         from torch._inductor.compile_fx import compile_fx  # takes seconds
 
-        compiled: Callable[..., Any] = compile_fx(graph, inputs, config_patches=_OPTIONS)
+        options = {**_OPTIONS, "cpp.threads": 1} if self._serial else _OPTIONS
+        compiled: Callable[..., Any] = compile_fx(graph, inputs, config_patches=options)
         self._graphs.append((compiled, list(inputs)))
         return compiled
 
@@ -310,7 +317,8 @@ def _kernel(
     static: tuple[tuple[str, bool], ...],
     maximize: bool,
     groups: tuple[tuple[str, ...], ...],
+    serial: bool,
     variant: tuple[Any, ...],
 ) -> _Kernel:
     """One kernel for each setting."""
-    return _Kernel(update_, names, static, maximize, groups)
+    return _Kernel(update_, names, static, maximize, groups, serial)

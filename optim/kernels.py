@@ -61,9 +61,10 @@ def step_eager(
         numbers = {name: _numbers(value, start, stop) for name, value in scalars.items()}
         keys = [] if around.keys is None else list(around.keys[start:stop].unbind())
         groups = part[0].groups
-        if len(part) == 1 and around.elementwise and all(x[0].shape == params[0].shape for x in state.values()):
+        if len(part) == 1 and around.elementwise:
             for piece in _pieces(params[0].numel()):
-                own = {name: [xs[0][piece]] for name, xs in state.items()}
+                last = piece.stop == params[0].numel()
+                own = {name: [_piece(xs[0], params[0], piece, last=last)] for name, xs in state.items()}
                 apply(update_, [params[0][piece]], [grads[0][piece]], own, numbers, around, keys, groups, piece.start)
         else:
             apply(update_, params, grads, state, numbers, around, keys, groups)
@@ -71,6 +72,13 @@ def step_eager(
 
 def _pieces(numel: int) -> list[slice]:
     return [slice(start, min(start + _PIECE, numel)) for start in range(0, numel, _PIECE)]
+
+
+def _piece(x: Tensor, param: Tensor, piece: slice, *, last: bool) -> Tensor:
+    """A piece of a state tensor; what belongs to the whole parameter changes once, with the last piece."""
+    if x.shape == param.shape:
+        return x[piece]
+    return x if last else x.clone()
 
 
 def _ranges(sizes: list[int], start: int, limit: int) -> Iterator[tuple[int, int]]:

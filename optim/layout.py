@@ -43,7 +43,6 @@ class Flat:
         param: The parameter in these dimensions.
         grad: Its gradient, from `take` to `finish`.
         state: State tensors without `step`; those of the parameter's shape in its dimensions, others as they are.
-        step: 0-d, its step count.
         sizes: `[len(dims)]` float64, the whole parameter's size in each dimension.
         numel: Elements of the whole parameter.
         empty: Whether this process holds none of them.
@@ -54,17 +53,15 @@ class Flat:
 
     grad: Tensor
 
-    def __init__(self, param: Tensor, state: Mapping[str, Tensor], dims: Dims, name: int | str, *, whole: bool) -> None:
+    def __init__(self, param: Tensor, state: dict[str, Tensor], dims: Dims, name: int | str, *, whole: bool) -> None:
         shard, shape = real(local(param)), real_shape(param)
         self._order = [d for group in dims for d in sorted(group, key=shard.stride, reverse=True)]
         self._shape = [math.prod(shard.shape[d] for d in group) for group in dims]
         self._in_order = self._order == sorted(self._order)
-        self.owner = param
+        self.owner, self.source = param, state
         self._placements = param.placements if isinstance(param, DTensor) else None
         self._copies: list[tuple[Tensor, Tensor]] = []
-        self._memory = self._where(state)
         self.param = self._arrange(shard)
-        self.step = state["step"]
         self.state = {
             name: self._arrange(real(local(x))) if self._alike(x) else local(x)
             for name, x in state.items()
@@ -78,17 +75,27 @@ class Flat:
         self.key = torch.tensor(key, dtype=torch.int64, device=shard.device)
         self.groups = groups_by_dim(param, dims) if whole else ()
         dtypes = tuple((name, x.dtype) for name, x in self.state.items())
+        self._memory = self._where()
         kind = (shard.device, shard.dtype, dtypes, len(dims), self.groups)
         self.kind = _kinds.setdefault(kind, len(_kinds))
 
+    @property
+    def step(self) -> Tensor:
+        """0-d, its step count."""
+        return self.source["step"]
+
+    def count_in(self, counts: Tensor) -> None:
+        """Move the step count to where it is updated together with others."""
+        self.source["step"] = counts
+        self._memory = self._where()
+
     def fits(self, state: Mapping[str, Tensor]) -> bool:
         """Whether parameter and state are still where they were."""
-        return not self._copies and self._memory == self._where(state)
+        return state is self.source and not self._copies and self._where() == self._memory
 
     def take(self, grad: Tensor) -> None:
         """Arrange the gradient likewise."""
-        if isinstance(grad, DTensor):
-            assert self._placements is not None
+        if self._placements is not None and isinstance(grad, DTensor):
             if grad.placements != self._placements:
                 grad = grad.redistribute(placements=self._placements)
             grad = local(grad)
@@ -121,11 +128,11 @@ class Flat:
             self._copies.append((ordered, contiguous))
         return contiguous.view(self._shape).data
 
-    def _where(self, state: Mapping[str, Tensor]) -> tuple[Any, ...]:
+    def _where(self) -> list[Any]:
         """Where everything lies in memory."""
         if self._placements is None:
-            return self.owner.data_ptr(), self.owner.stride(), *[x.data_ptr() for x in state.values()]
-        return local(self.owner).data_ptr(), self.owner.stride(), *[local(x).data_ptr() for x in state.values()]
+            return [self.owner.stride(), self.owner.data_ptr(), *[x.data_ptr() for x in self.source.values()]]
+        return [self.owner.stride(), *[local(x).data_ptr() for x in (self.owner, *self.source.values())]]
 
 
 def real_shape(param: Tensor) -> torch.Size:

@@ -46,7 +46,6 @@ def project_(
     Returns:
         0-d bools, which were projected; `[rows]` each, what multiple of each row of w was taken out.
     """
-    eps = scalars["eps"]
     sums: list[Tensor] = []
     for update, param, grad in zip(updates, params, grads, strict=True):
         norms = torch.linalg.vector_norm(param, dim=1), torch.linalg.vector_norm(grad, dim=1)
@@ -54,17 +53,16 @@ def project_(
     sums = shards.sum(sums, dim=1)
     rows = [sums[i : i + 4] for i in range(0, len(sums), 4)]
 
-    totals = []
-    for (wg, wu, ww, gg), threshold in zip(rows, scalars["row_threshold"], strict=True):
+    totals: list[Tensor] = []
+    for (wg, wu, ww, gg), threshold, eps in zip(rows, scalars["row_threshold"], scalars["eps"], strict=True):
         related = ~(_cosine(wg, ww, gg, eps) < threshold)
-        totals.append(torch.stack([x.sum() for x in (related.to(wg.dtype), wg, wu, ww, gg)]))
+        totals += [x.sum() for x in (related.to(wg.dtype), wg, wu, ww, gg)]
     totals = shards.sum(totals, dim=0)
 
     projected, radials = [], []
-    for update, param, (_, wu, ww, _), total, threshold in zip(
-        updates, params, rows, totals, scalars["matrix_threshold"], strict=True
-    ):
-        related_rows, wg_all, wu_all, ww_all, gg_all = total.unbind()
+    for i, (update, param, threshold) in enumerate(zip(updates, params, scalars["matrix_threshold"], strict=True)):
+        eps = scalars["eps"][i]
+        (_, wu, ww, _), (related_rows, wg_all, wu_all, ww_all, gg_all) = rows[i], totals[5 * i : 5 * i + 5]
         by_row, by_matrix = related_rows == 0, _cosine(wg_all, ww_all, gg_all, eps) < threshold
         radial_by_matrix = torch.where(by_matrix, wu_all / (ww_all.sqrt() + eps).square(), 0.0)
         radial = torch.where(by_row, wu / (ww.sqrt() + eps).square(), radial_by_matrix)

@@ -127,7 +127,7 @@ class SGDP(Optimizer):
             "momentum": momentum,
             "one_minus_dampening": 1 - group["dampening"],
             "decay": lr * (group["weight_decay"] / (1 - momentum)),
-            "eps": group["eps"],
+            "eps": torch.full_like(step, group["eps"]),
             "wd_ratio": group["wd_ratio"],
             "nesterov": group["nesterov"],
             **thresholds(sizes, group["delta"]),

@@ -1,5 +1,6 @@
 """`fused=True`: equal to the loop, compiled once, and the loop itself where there is no compiler."""
 
+import contextlib
 import copy
 import warnings
 from typing import Any
@@ -31,9 +32,11 @@ every_class = pytest.mark.parametrize(
 SHAPES = [(12, 10), (7, 6, 2), (40,), (300, 120), (0, 3)]
 
 
-def pair(case: OptimizerCase, dtype: torch.dtype = torch.float32, **options: Any) -> tuple[Any, ...]:
+def pair(
+    case: OptimizerCase, dtype: torch.dtype = torch.float32, shapes: Any = SHAPES, **options: Any
+) -> tuple[Any, ...]:
     """Parameters and a fused optimizer, then equal ones and a loop."""
-    params = [nn.Parameter(torch.randn(shape).to(dtype)) for shape in SHAPES]
+    params = [nn.Parameter(torch.randn(shape).to(dtype)) for shape in shapes]
     others = copy.deepcopy(params)
     made = [case.cls(p, **{**case.kwargs, **options}, fused=f) for p, f in ((params, True), (others, False))]
     return params, made[0], others, made[1]
@@ -55,24 +58,30 @@ def test_equals_the_loop_and_never_recompiles_for_a_number(
     case: OptimizerCase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     params, fused, others, loop = pair(case, lr=1e-2)
-    for step in range(6):
-        give_gradients(params, others)
-        for optimizer in (fused, loop):
-            group = optimizer.param_groups[0]
-            group["lr"] = 1e-2 / (step + 1) if step < 4 else torch.tensor(2e-3)
-            if "betas" in group:
-                group["betas"] = (0.9 - 0.01 * step, 0.99)
-            if "weight_decay" in group:
-                group["weight_decay"] = 0.1 * step
-        fused.step()
-        loop.step()
-        assert_close(params, others, rtol=1e-5, atol=1e-6)
-        for p, q in zip(params, others, strict=True):
-            assert fused.state[p].keys() == loop.state[q].keys()
-            for name, value in fused.state[p].items():
-                torch.testing.assert_close(value, loop.state[q][name], rtol=1e-5, atol=1e-6)
-        monkeypatch.setattr(torch._dynamo.config, "error_on_recompile", True)
-        monkeypatch.setattr(compilation, "_kernel", _no_new_kernel(compilation._kernel))
+    with contextlib.ExitStack() as afterwards:
+        for step in range(6):
+            _step_alike(params, fused, others, loop, step)
+            afterwards.enter_context(torch._dynamo.config.patch(error_on_recompile=True))
+            monkeypatch.setattr(compilation, "_kernel", _no_new_kernel(compilation._kernel))
+
+
+def _step_alike(params: list[nn.Parameter], fused: Any, others: list[nn.Parameter], loop: Any, step: int) -> None:
+    """One step of each, with other numbers than in the step before."""
+    give_gradients(params, others)
+    for optimizer in (fused, loop):
+        group = optimizer.param_groups[0]
+        group["lr"] = 1e-2 / (step + 1) if step < 4 else torch.tensor(2e-3)
+        if "betas" in group:
+            group["betas"] = (0.9 - 0.01 * step, 0.99)
+        if "weight_decay" in group:
+            group["weight_decay"] = 0.1 * step
+    fused.step()
+    loop.step()
+    assert_close(params, others, rtol=1e-5, atol=1e-6)
+    for p, q in zip(params, others, strict=True):
+        assert fused.state[p].keys() == loop.state[q].keys()
+        for name, value in fused.state[p].items():
+            torch.testing.assert_close(value, loop.state[q][name], rtol=1e-5, atol=1e-6)
 
 
 def _no_new_kernel(cached: Any) -> Any:
@@ -90,7 +99,7 @@ def _no_new_kernel(cached: Any) -> Any:
 @every_class
 def test_grad_scaler_and_low_precision(case: OptimizerCase, monkeypatch: pytest.MonkeyPatch) -> None:
     """Unscaling, float32 arithmetic, the skipped step and the rounding are all in the kernel."""
-    params, fused, others, loop = pair(case, torch.bfloat16, lr=1e-2)
+    params, fused, others, loop = pair(case, torch.bfloat16, [(12, 10), (40,), (0, 3)], lr=1e-2)
     for step in range(3):
         give_gradients(params, others)
         for p in params:

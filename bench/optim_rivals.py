@@ -29,6 +29,7 @@ SOURCE = "gradwire"
 """The source of our own optimizers."""
 
 _MODES: dict[str, dict[str, Any]] = {"loop": {"foreach": False}, "foreach": {"foreach": True}, "fused": {"fused": True}}
+_OWN_MODES: dict[str, dict[str, Any]] = {"default": {}, "foreach": {"foreach": True}, "fused": {"fused": True}}
 
 _SETTINGS: dict[str, dict[str, Any]] = {
     "SGDP": {"lr": 1e-3, "momentum": 0.9},  # without momentum it would be another algorithm
@@ -46,7 +47,7 @@ class Candidate:
     Args:
         source: "gradwire", "torch", or the package's name on PyPI.
         algorithm: As gradwire spells it: candidates of one algorithm do the same work.
-        mode: "loop", "foreach", "fused", or "default" where a package has but one.
+        mode: "loop", "foreach", "fused", or "default": what a user gets who says nothing.
         build: Makes one; ImportError where the package does not import.
     """
 
@@ -127,7 +128,7 @@ def candidates(*, rivals: Sequence[Rival] = RIVALS, fused: bool = True) -> list[
     made = [Candidate("torch", "AdamW", mode, _builder(torch.optim.AdamW, options)) for mode, options in _MODES.items()]
     for cls in own_classes():
         settings = _SETTINGS.get(cls.__name__, {})
-        for mode, options in _MODES.items():
+        for mode, options in _OWN_MODES.items():
             if fused or mode != "fused":
                 made.append(Candidate(SOURCE, cls.__name__, mode, _builder(cls, settings | options)))
     made.append(Candidate("torch", "Adafactor", "foreach", _builder(torch.optim.Adafactor, {"foreach": True})))

@@ -101,9 +101,9 @@ def optim_section(results: Mapping[str, Any]) -> str:
         f"GPT-2 small, {cases['gpt2']['parameters'] / 1e6:.0f} M parameters in {cases['gpt2']['tensors']} tensors. "
         "Floor: the bytes that a step must move, at the speed of a copy "
         f"({cases['gpt2']['copy_bytes_per_s'] / 1e9:.0f} GB/s). First step: with an empty and with a filled compiler "
-        "cache. Peak memory: above weights, gradients and state, as a share of them. Eager: the faster of loop and "
-        f"`foreach`. {machine.get('gpu', machine['cpu'])}, threads: {machine['threads']}, torch {machine['torch']}, "
-        f"{machine['date'][:10]}.{f' Not measured: {absent}.' if absent else ''} Made by `{machine['command']}`."
+        "cache. Peak memory: above weights, gradients and state, as a share of them. Eager: the faster of the default "
+        f"and `foreach`. {machine.get('gpu', machine['cpu'])}, threads: {machine['threads']}, "
+        f"torch {machine['torch']}, {machine['date'][:10]}.{f' Not measured: {absent}.' if absent else ''} Made by `{machine['command']}`."
     )
 
 

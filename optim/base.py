@@ -22,7 +22,7 @@ from gradwire.compression.base import compute_dtype
 from gradwire.optim.bucket import Bucket
 from gradwire.optim.compiled import step_compiled
 from gradwire.optim.differentiable import step_differentiable
-from gradwire.optim.kernels import Around, Scalars, step_eager
+from gradwire.optim.kernels import CHUNK, PIECE, Around, Scalars, step_eager
 from gradwire.optim.layout import Dims, Flat, local, real_shape
 from gradwire.optim.options import DEFAULTS, STORAGE, Options, check_options
 from gradwire.optim.shards import Shards
@@ -294,8 +294,11 @@ class Optimizer(torch.optim.Optimizer, ABC):
         keys = counter_rng.at_step(bucket.keys, step.long()) if group["stochastic_rounding"] else None
         around = Around(group["maximize"], scale, skip, keys, self.elementwise)
         done = step_compiled(self.update_, bucket.ordered, bucket.packs, scalars, around, spares)
-        foreach = bucket.sharded or device.type == "cuda" if group["foreach"] is None else group["foreach"]
-        step_eager(self.update_, bucket.ordered, scalars, around, foreach=foreach, first=done)
+        if group["foreach"] is None:
+            at_once = CHUNK if bucket.sharded or device.type != "cpu" else PIECE
+        else:
+            at_once = CHUNK if group["foreach"] else 0
+        step_eager(self.update_, bucket.ordered, scalars, around, at_once=at_once, first=done)
 
     @final
     def _step_differentiable(

@@ -120,7 +120,7 @@ def step_compiled(
     for part, table, key in zip(packs, tables, keys, strict=True):
         if part.groups and not part.generic:
             # A shard that is empty or a single row; other processes may run the compiled form of the same sums.
-            step_eager(update_, flats[: part.stop], scalars, around, foreach=True, first=part.start)
+            step_eager(update_, flats[: part.stop], scalars, around, at_once=1 << 62, first=part.start)
             continue
         serial = part.small and len(part.shape) > 1
         kernel = _kernel(

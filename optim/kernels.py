@@ -24,11 +24,11 @@ Update: TypeAlias = Callable[
 ]
 """`(params, grads, state, scalars, shards)`, in place on lists of tensors."""
 
-_CHUNK = 1 << 25
-"""Most elements that one foreach call takes at once: it bounds each temporary at 128 MiB and still fills a GPU."""
+CHUNK = 1 << 25
+"""Most elements that `foreach` takes at once: it bounds each temporary at 128 MiB and still fills a GPU."""
 
-_PIECE = 1 << 17
-"""Elements that the loop takes at once where an update treats each alone: temporaries then stay in the cache."""
+PIECE = 1 << 17
+"""Elements whose temporaries stay in a CPU's cache."""
 
 
 @dataclass(frozen=True)
@@ -51,10 +51,19 @@ class Around:
 
 
 def step_eager(
-    update_: Update, flats: Sequence[Flat], scalars: Scalars, around: Around, *, foreach: bool, first: int = 0
+    update_: Update, flats: Sequence[Flat], scalars: Scalars, around: Around, *, at_once: int, first: int = 0
 ) -> None:
-    """Run the update from parameter `first` on, one at a time, or as many as `_CHUNK` allows if `foreach`."""
-    for start, stop in _ranges([flat.numel for flat in flats], first, _CHUNK if foreach else 0):
+    """Run the update from parameter `first` on.
+
+    Args:
+        update_: The update.
+        flats: Parameters of one kind.
+        scalars: Numbers of this step.
+        around: What surrounds the update.
+        at_once: Elements that one call may take, by batched kernels; a parameter that has more is taken alone.
+        first: Where to begin.
+    """
+    for start, stop in _ranges([flat.numel for flat in flats], first, at_once):
         part = flats[start:stop]
         params, grads = [flat.param for flat in part], [flat.grad for flat in part]
         state = {name: [flat.state[name] for flat in part] for name in part[0].state}
@@ -71,7 +80,7 @@ def step_eager(
 
 
 def _pieces(numel: int) -> list[slice]:
-    return [slice(start, min(start + _PIECE, numel)) for start in range(0, numel, _PIECE)]
+    return [slice(start, min(start + PIECE, numel)) for start in range(0, numel, PIECE)]
 
 
 def _piece(x: Tensor, param: Tensor, piece: slice, *, last: bool) -> Tensor:

@@ -10,8 +10,8 @@ class Options(TypedDict, total=False):
     """Keyword arguments of every optimizer here.
 
     Args:
-        foreach: Update all parameters by batched kernels. None: on CUDA, and for sharded parameters whose shards have
-            to be summed over, because else a loop is faster.
+        foreach: Update all parameters by batched kernels, or one after the other. None: all on an accelerator and where
+            shards have to be summed over; else as many as a CPU's cache holds, which is faster there.
         fused: Compile the update into one kernel. Falls back, with a warning, where there is no compiler.
         maximize: Ascend instead of descend.
         capturable: Accepted as torch's optimizers do. A step may always be captured in a CUDA graph once it has been

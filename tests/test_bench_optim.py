@@ -52,7 +52,7 @@ def test_every_class_is_measured_in_every_mode_on_every_case(measured: Any) -> N
     results, _ = measured
     found = {(result.source, result.algorithm, result.mode, result.case) for result in results}
     assert len(found) == len(results)
-    expected = {("gradwire", cls.__name__, mode) for cls in own_classes() for mode in ("loop", "foreach")}
+    expected = {("gradwire", cls.__name__, mode) for cls in own_classes() for mode in ("default", "foreach")}
     expected |= {("torch", "AdamW", mode) for mode in ("loop", "foreach", "fused")}
     expected |= {("torch", "Adafactor", "foreach"), ("some-package", "AdamP", "default")}
     assert found == {(*key, case) for key in expected for case in CASES}
@@ -245,7 +245,7 @@ def test_the_command_writes_json_a_figure_and_a_table(
     assert {row["algorithm"] for row in kept["results"]} == {"AdamP", "AdamW"}
     assert output.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     printed = capsys.readouterr().out
-    assert "measuring matrix: gradwire AdamP, loop (4 of 5)" in printed
+    assert "measuring matrix: gradwire AdamP, default (4 of 5)" in printed
     assert "µs per" in printed
     assert "peak" not in printed
 

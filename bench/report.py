@@ -95,6 +95,7 @@ def optim_section(results: Mapping[str, Any]) -> str:
         owners = [own for own in ("gradwire", "torch") if (own, "fused") in variants]
         lines += ["| " + " | ".join(_optim_cells(algorithm, own, variants)) + " |" for own in owners]
     absent = "; ".join(f"{name}: {reason}" for name, reason in results["not_measured"].items())
+    where = f"{machine.get('gpu', machine['cpu'])}, threads: {machine['threads']}, torch {machine['torch']}"
     return (
         "\n".join(lines) + "\n\n"
         "Step time over that of torch's fused AdamW in the same rounds: less is faster. Columns without a case are of "
@@ -102,8 +103,8 @@ def optim_section(results: Mapping[str, Any]) -> str:
         "Floor: the bytes that a step must move, at the speed of a copy "
         f"({cases['gpt2']['copy_bytes_per_s'] / 1e9:.0f} GB/s). First step: with an empty and with a filled compiler "
         "cache. Peak memory: above weights, gradients and state, as a share of them. Eager: the faster of the default "
-        f"and `foreach`. {machine.get('gpu', machine['cpu'])}, threads: {machine['threads']}, "
-        f"torch {machine['torch']}, {machine['date'][:10]}.{f' Not measured: {absent}.' if absent else ''} Made by `{machine['command']}`."
+        f"and `foreach`. {where}, {machine['date'][:10]}.{f' Not measured: {absent}.' if absent else ''} "
+        f"Made by `{machine['command']}`."
     )
 
 

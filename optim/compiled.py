@@ -6,7 +6,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias, final
+from typing import Any, TypeAlias, cast, final
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ and the call costs more than the work, so that more of them share one."""
 
 _PACKS = {True: 8, False: 2}
 """Parameters that one compiled call takes, small ones of one shape or large ones of any: with more, calls cost less and
-compiling them more. Passing a size costs as much as updating a hundred elements, hence the one shape."""
+compiling them more."""
 
 _TRACED: dict[bool, tuple[tuple[int, ...], ...]] = {
     True: ((4096,), (64, 96), (5, 64, 96), (5, 7, 24, 36), (5, 7, 11, 8, 9)),
@@ -114,8 +114,7 @@ def step_compiled(
     sizes = [len(part.flats) for part in packs]
     packed = packs[-1].stop
     tables = _table(list(numbers.values()), packed, sizes, flats[0])
-    # Not views: their offsets would be symbolic.
-    keys = torch.split_with_sizes_copy(around.keys[:packed], sizes) if around.keys is not None else [None] * len(packs)
+    keys = [None] * len(packs) if around.keys is None else _split(around.keys[:packed], sizes)
     variant = (flats[0].grad.dtype, around.scale is None, around.skip is None, around.keys is None)
     for part, table, key in zip(packs, tables, keys, strict=True):
         if part.groups and not part.generic:
@@ -159,7 +158,12 @@ def _table(numbers: list[Any], n: int, sizes: list[int], like: Flat) -> Sequence
     dtype = compute_dtype(like.param.dtype)
     zeros = torch.zeros(n, dtype=torch.float64, device=like.param.device)
     columns = [zeros + (number[:n] if isinstance(number, Tensor) and number.ndim else number) for number in numbers]
-    pieces: list[Tensor] = list(torch.split_with_sizes_copy(torch.stack(columns, dim=1).to(dtype), sizes))
+    return _split(torch.stack(columns, dim=1).to(dtype), sizes)
+
+
+def _split(x: Tensor, sizes: list[int]) -> Sequence[Tensor]:
+    """Pieces along the first dimension; not views, whose offsets would be symbolic to Dynamo."""
+    pieces: Sequence[Tensor] = torch.ops.aten.split_with_sizes_copy(x, sizes)
     return pieces
 
 
@@ -266,9 +270,10 @@ class _Kernel:
         from torch._inductor.compile_fx import compile_fx  # takes seconds
 
         options = {**_OPTIONS, "cpp.threads": 1} if self._serial else _OPTIONS
-        compiled: Callable[..., Any] = compile_fx(graph, inputs, config_patches=options)
-        self._graphs.append((compiled, list(inputs)))
-        return compiled
+        compiled: Any = compile_fx(graph, inputs, config_patches=options)
+        if not self.traced:
+            self._graphs.append((compiled, list(inputs)))
+        return cast(Callable[..., Any], compiled)
 
     def _skip_guards(self, part: Pack, table: Tensor, keys: Tensor | None, around: Around) -> None:
         """Call the graph itself from now on: Dynamo's checks at every call cost as much as the work.

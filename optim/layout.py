@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from typing import Any, TypeAlias, cast, final
+from typing import Any, TypeAlias, final
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ def real(x: Tensor) -> Tensor:
 
 def local(x: Tensor) -> Tensor:
     """What this process holds of a `DTensor`, sharing memory; any other tensor as it is."""
-    return cast(Tensor, x.to_local()) if isinstance(x, DTensor) else x
+    return x.to_local() if isinstance(x, DTensor) else x
 
 
 @final

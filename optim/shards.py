@@ -1,11 +1,14 @@
 """`Shards`: sums over a whole tensor, of which each process may hold a part."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.distributed._functional_collectives as collectives
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate
+
+_all_reduce: Callable[..., Tensor] = collectives.all_reduce  # these can be compiled, unlike those of `comm`
+_wait: Callable[..., Tensor] = collectives.wait_tensor
 
 
 class Shards:
@@ -34,8 +37,8 @@ class Shards:
             return parts
         total = torch.cat([part.reshape(-1) for part in parts])
         for group in groups:
-            total = collectives.wait_tensor(collectives.all_reduce(total, "sum", group))
-        pieces = total.split([part.numel() for part in parts])
+            total = _wait(_all_reduce(total, "sum", group))
+        pieces = torch.split(total, [part.numel() for part in parts])
         return [piece.view(part.shape) for piece, part in zip(pieces, parts, strict=True)]
 
 

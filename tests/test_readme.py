@@ -27,6 +27,7 @@ _SHORT = {
     "gradwire train": " --steps 2 --layers 1 --width 32 --heads 2 --context 32 --batch 2",
     "gradwire bench compression": " --numel 65536 --no-fused",
     "gradwire bench optim": " --quick --no-fused --no-rivals",
+    "gradwire bench sweep": " --quick",
 }
 
 

@@ -64,7 +64,8 @@ def _deviation(case: Any, mesh_shape: tuple[int, ...], placements: tuple[Placeme
 
 
 def _all_cases(numbers: list[int], mesh_shape: tuple[int, ...], placements: tuple[Placement, ...]) -> list[float]:
-    ways = [(number, foreach) for number in numbers for foreach in (False, True, None)]
+    modes = (False, True, None) if dist.get_world_size() == 2 else (None,)
+    ways = [(number, foreach) for number in numbers for foreach in modes]
     return [_deviation(OPTIMIZERS[number], mesh_shape, placements, foreach=foreach) for number, foreach in ways]
 
 

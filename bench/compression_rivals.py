@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.algorithms.ddp_comm_hooks import powerSGD_hook, quantization_hooks
 
+from gradwire.bench.launch import leave_process_groups
 from gradwire.comm import PowerSGD
 
 _MATRIX_RANK = 4
@@ -46,7 +47,7 @@ def candidates(x: Tensor, density: float) -> Iterator[list[Candidate]]:
     try:
         yield [_global_topk(x, density), _bf16(x), _quantization(x), *_power_sgd(x)]
     finally:
-        dist.destroy_process_group()
+        leave_process_groups()
 
 
 def _global_topk(x: Tensor, density: float) -> Candidate:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore
+from torch.distributed import distributed_c10d
 
 
 @contextlib.contextmanager
@@ -33,4 +34,17 @@ def process_group() -> Iterator[torch.device]:
         dist.init_process_group(backend)
     yield device
     dist.barrier()  # gloo may abort a rank that still talks to one which has gone
+    leave_process_groups()
+
+
+def leave_process_groups() -> None:
+    """Destroy all process groups, but hold on to what they were.
+
+    A thread of gloo lets go of its group a little after the work is done. If it were the last to hold the group, it
+    would wait for its own end, which aborts the process ("Resource deadlock avoided").
+    """
+    _left.extend(distributed_c10d._world.pg_map)
     dist.destroy_process_group()
+
+
+_left: list[dist.ProcessGroup] = []

@@ -12,7 +12,7 @@ from gradwire.optim.checks import check_betas, check_lr, check_range
 from gradwire.optim.kernels import Scalars
 from gradwire.optim.layout import Dims
 from gradwire.optim.options import Options
-from gradwire.optim.projection import by_rows, project_, thresholds
+from gradwire.optim.projection import by_rows, decay_and_project_, thresholds
 from gradwire.optim.shards import Shards
 
 
@@ -137,15 +137,7 @@ class AdamP(Optimizer):
         updates = torch._foreach_lerp(exp_avgs, grads, scalars["one_minus_beta1"]) if nesterov else exp_avgs
         updates = torch._foreach_div(updates, denominators)
 
-        once: list[Tensor] = []
-        if params[0].ndim == 1:
-            torch._foreach_mul_(params, 1 - scalars["decay"])
-        else:
-            projected, radials = project_(list(updates), params, grads, scalars, shards)
-            one = params[0].new_ones(())
-            kept = [1 - scalars["decay"] * torch.where(p, scalars["wd_ratio"], one) for p in projected]
-            torch._foreach_mul_(params, kept)
-            once = [*radials, *kept]
+        once = decay_and_project_(params, list(updates), grads, scalars, shards)
         torch._foreach_mul_(updates, scalars["step_size"])
         torch._foreach_sub_(params, updates)
         return once

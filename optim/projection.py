@@ -1,4 +1,4 @@
-"""`project_`: takes the radial part out of updates to scale-invariant weights, for AdamP and SGDP."""
+"""`decay_and_project_`: what AdamP and SGDP add to Adam and SGD for the sake of scale-invariant weights."""
 
 import torch
 from torch import Tensor
@@ -23,6 +23,31 @@ def thresholds(sizes: Tensor, delta: float) -> Scalars:
     if sizes.shape[1] == 1:
         return {}
     return {"row_threshold": delta * sizes[:, 1] ** -0.5, "matrix_threshold": delta * sizes.prod(1) ** -0.5}
+
+
+def decay_and_project_(
+    params: list[Tensor], updates: list[Tensor], grads: list[Tensor], scalars: Scalars, shards: Shards
+) -> list[Tensor]:
+    """Decay weights, and where they are scale-invariant do it less and project their updates, both in place.
+
+    Args:
+        params: Vectors or `[rows, columns]`.
+        updates: What will be subtracted from them.
+        grads: Their gradients.
+        scalars: `decay`, `wd_ratio`, and what `project_` takes.
+        shards: Sums over whole weights.
+
+    Returns:
+        Small intermediates that the compiler must store.
+    """
+    if params[0].ndim == 1:
+        torch._foreach_mul_(params, 1 - scalars["decay"])
+        return []
+    projected, radials = project_(updates, params, grads, scalars, shards)
+    one = params[0].new_ones(())
+    kept = [1 - scalars["decay"] * torch.where(p, scalars["wd_ratio"], one) for p in projected]
+    torch._foreach_mul_(params, kept)
+    return [*radials, *kept]
 
 
 def project_(

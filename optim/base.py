@@ -194,7 +194,7 @@ class Optimizer(torch.optim.Optimizer, ABC):
         """Drop what can be made again from parameters and state."""
         self._flats: dict[Tensor, Flat] = {}
         self._places: dict[Tensor, tuple[dict[str, Any], str | int]] = {}
-        self._buckets: dict[tuple[int, int, torch.dtype], Bucket] = {}
+        self._buckets: dict[tuple[Tensor, int, torch.dtype], Bucket] = {}
 
     @staticmethod
     @final
@@ -275,9 +275,9 @@ class Optimizer(torch.optim.Optimizer, ABC):
     ) -> None:
         """Count the step and update parameters of one kind."""
         spares = functools.partial(self._spares, group, flats[0])
-        key = id(group), flats[0].kind, flats[0].grad.dtype
+        key = flats[0].owner, flats[0].kind, flats[0].grad.dtype  # `in_backward` has one for each parameter
         bucket = self._buckets.get(key)
-        if bucket is None or bucket.flats != flats or bucket.fused != bool(group["fused"]):
+        if bucket is None or not bucket.is_for(flats, fused=bool(group["fused"])):
             bucket = self._buckets[key] = Bucket(flats, spares if group["fused"] else None)
         device, skip = flats[0].param.device, None
         if found_inf is None:

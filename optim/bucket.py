@@ -37,5 +37,10 @@ class Bucket:
             self.keys = torch.stack([flat.key for flat in self.ordered])
         everything = [*self.ordered, *(flat for flat in flats if flat.empty and not self.sharded)]
         self.steps = torch.stack([flat.step for flat in everything])
-        for flat, step in zip(everything, self.steps.unbind(), strict=True):
-            flat.count_in(step)
+        for i, flat in enumerate(everything):
+            flat.count_in(self.steps, i)
+
+    def is_for(self, flats: list[Flat], *, fused: bool) -> bool:
+        """Whether it can be used again: for the same parameters, whose steps nobody else has counted since."""
+        same = self.flats == flats and self.fused == fused
+        return same and all(flat.counted_in is self.steps for flat in flats)

@@ -43,6 +43,7 @@ class Flat:
         param: The parameter in these dimensions.
         grad: Its gradient, from `take` to `finish`.
         state: State tensors without `step`; those of the parameter's shape in its dimensions, others as they are.
+        counted_in: What the step count is a view of, once it is counted together with others.
         sizes: `[len(dims)]` float64, the whole parameter's size in each dimension.
         numel: Elements of the whole parameter.
         empty: Whether this process holds none of them.
@@ -52,6 +53,7 @@ class Flat:
     """
 
     grad: Tensor
+    counted_in: Tensor | None = None
 
     def __init__(self, param: Tensor, state: dict[str, Tensor], dims: Dims, name: int | str, *, whole: bool) -> None:
         shard, shape = real(local(param)), real_shape(param)
@@ -84,9 +86,9 @@ class Flat:
         """0-d, its step count."""
         return self.source["step"]
 
-    def count_in(self, counts: Tensor) -> None:
+    def count_in(self, steps: Tensor, i: int) -> None:
         """Move the step count to where it is updated together with others."""
-        self.source["step"] = counts
+        self.source["step"], self.counted_in = steps[i], steps
         self._memory = self._where()
 
     def fits(self, state: Mapping[str, Tensor]) -> bool:

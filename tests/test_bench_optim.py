@@ -83,7 +83,7 @@ def test_what_is_not_measured_is_listed(measured: Any, rivals: Sequence[Rival]) 
 def test_installed_packages_step(package: str) -> None:
     rivals = [rival for rival in RIVALS if rival.package == package]
     if not rivals[0].installed:
-        pytest.skip(f"{package} is not installed")
+        pytest.skip(f"compares with {package}, which gradwire does not need and is not installed here")
     for rival in rivals:
         (param,) = params = Workload(QUICK_CASES["matrix"], "cpu").parameters()
         before = param.detach().clone()
@@ -221,7 +221,7 @@ def test_a_process_that_fails_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
         step_alone(Candidate("x", "x", "x", adamw), "gpt2", quick=True, device="cpu")
 
 
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux")
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="CPU memory is read from Linux's /proc")
 def test_peak_memory_is_what_a_call_allocates() -> None:
     size = 64 << 20
     peak = peak_bytes(lambda: torch.ones(size, dtype=torch.uint8).add_(1), torch.device("cpu"))

@@ -212,3 +212,34 @@ def test_step_counts_are_saved_one_by_one(case: OptimizerCase) -> None:
         optimizer.step()
     saved = save_and_load(optimizer.state_dict())
     assert [saved["state"][i]["step"].item() for i in range(len(params))] == [6.0, 3.0, 2.0, 2.0, 2.0]
+
+
+@every_class
+def test_parameters_may_step_together_and_alone_in_turns(case: OptimizerCase) -> None:
+    params = parameters(torch.float32)
+    plain = clones(params)
+    optimizer, other = make(case, params), make(case, plain)
+    for _ in range(3):
+        train(optimizer, params, 1)
+        train(other, plain, 1)
+        for p in (params[1], params[0]):
+            optimizer.step_parameter(p)
+        for q in plain[2:]:
+            q.grad = None
+        other.step()
+        assert [optimizer.state[p]["step"].item() for p in params] == [other.state[q]["step"].item() for q in plain]
+    assert_equal(params, plain)
+
+
+@every_class
+def test_what_is_prepared_for_a_step_is_kept(case: OptimizerCase) -> None:
+    """Also where each parameter steps alone, as during the backward pass."""
+    params = [p for p in parameters(torch.float32) if p.ndim]
+    optimizer = make(case, params)
+    train(optimizer, params, 1)
+    for p in params:
+        optimizer.step_parameter(p)
+    kept = list(optimizer._buckets.values())
+    for p in params:
+        optimizer.step_parameter(p)
+    assert all(any(bucket is old for old in kept) for bucket in optimizer._buckets.values())

@@ -6,6 +6,7 @@ costs several times more than the arithmetic. Encoding is the communicator's own
 which all forms take turns with the copy.
 """
 
+import functools
 import json
 import statistics
 from collections.abc import Callable, Sequence
@@ -27,6 +28,7 @@ from gradwire.compression import (
     Chain,
     ChunkTopK,
     Compressor,
+    DCTTopK,
     Identity,
     RandomK,
     ScaledSign,
@@ -54,12 +56,15 @@ COMPRESSORS: tuple[Compressor, ...] = (
     TopK(_DENSITY),
     ChunkTopK(k=32, chunk=4096),
     RandomK(k=32, chunk=4096, unbiased=False),
+    DCTTopK(k=32),
+    DCTTopK(k=32, values="sign"),
     Chain(ChunkTopK(k=32, chunk=4096), BlockQuantize(bits=8, block=32)),
 )
 _FEEDBACK = EF()
 _EAGER_BLOCK = 1 << 18  # entries that are decoded at a time
 _ROUNDS = 7
 _TABLE_WIDTH = 110
+_COLUMNS = 4096  # of the matrix that the tensor is to those which look at its shape
 _SLOW = 0.5  # seconds from which a candidate gets two rounds only
 
 
@@ -200,13 +205,20 @@ class Subject:
     """
 
     def __init__(self, compressor: Compressor, x: Tensor, *, fused: bool) -> None:
+        if compressor.changes_basis and x.numel() % _COLUMNS == 0:
+            x = x.view(-1, _COLUMNS)  # a vector would be transformed along its lines alone
+        tile = compressor.tile(x.shape)
         self.rows = compressor.to_rows(x)
         self.residual, self.new_residual, self.out = (torch.zeros_like(self.rows) for _ in range(3))
         count, width = self.rows.shape
         self.keys = None if compressor.randomness == "none" else counter_rng.row_keys(0, count, x.device)
         kernel = encode_kernel(compressor, _FEEDBACK, fused=fused)
         layout = compressor.layout(width, x.dtype)
-        self._encoder = Encoder(kernel, layout, count, width, x.dtype, x.device, fused=fused)
+        transform = self._inverse = None
+        if compressor.changes_basis:
+            transform = functools.partial(compressor.transform_rows, tile=tile)
+            self._inverse = functools.partial(compressor.inverse_transform_rows, tile=tile)
+        self._encoder = Encoder(kernel, layout, count, width, x.dtype, x.device, fused=fused, transform=transform)
         self.parts = self.encode()
 
         def decode(parts: Sequence[Tensor], keys: Tensor | None, out: Tensor) -> None:
@@ -228,6 +240,8 @@ class Subject:
         for block in self._blocks:
             keys = None if self.keys is None else self.keys[block]
             self._decode([part[block] for part in self.parts], keys, self.out[block])
+            if self._inverse is not None:
+                self.out[block].copy_(self._inverse(self.out[block]))
 
 
 def _result(candidate: Candidate, x: Tensor) -> Result:

@@ -10,7 +10,7 @@ import json
 import statistics
 import tempfile
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +20,7 @@ import torch
 from gradwire.bench import machine
 from gradwire.bench.errors import UsageError
 from gradwire.bench.optim_rivals import SOURCE, Candidate, candidates, missing, versions
+from gradwire.bench.optim_training import training_steps
 from gradwire.bench.optim_workload import CASES, QUICK_CASES, Workload, moved_bytes, peak_share, step_alone
 from gradwire.bench.timing import measure
 
@@ -129,6 +130,7 @@ def main(
     quick: bool = False,
     memory: bool = False,
     compile_times: bool = False,
+    training: bool = False,
     device: str = "cpu",
     threads: int | None = None,
     output: Path | None = None,
@@ -160,9 +162,12 @@ def main(
 
         options: dict[str, Any] = {"quick": quick, "memory": memory, "compile_times": compile_times}
         results, failed = run(subjects, cases=cases, device=device, progress=progress, **options)
-    kept = record(results, (missing() if rivals else {}) | failed, quick=quick, device=device)
+        steps = training_run(subjects, quick=quick, device=device, progress=progress) if training else []
+    kept = record(results, (missing() if rivals else {}) | failed, quick=quick, device=device) | {"training": steps}
     if results:
         console.print(table(kept))
+    for line in training_lines(kept):
+        console.print(line, markup=False)
     for name, reason in kept["not_measured"].items():
         console.print(f"not measured: {name}: {reason}", markup=False)
     if output is not None:
@@ -193,6 +198,25 @@ def select(cases: Sequence[str], optimizers: Sequence[str], *, rivals: bool, fus
             raise UsageError(f"--optimizer: expected one of {', '.join(known.values())}, got {name!r}.")
     chosen = {name.lower() for name in optimizers or known}
     return [subject for subject in subjects if subject.algorithm.lower() in chosen]
+
+
+def training_run(
+    subjects: Sequence[Candidate], *, quick: bool, device: str, progress: Callable[[str], None]
+) -> list[dict[str, Any]]:
+    """Whole training steps with our fused optimizers in place of torch's fused AdamW."""
+    (reference,) = [some for some in candidates(rivals=()) if (some.source, some.mode) == ("torch", "fused")]
+    fused = [subject for subject in subjects if subject.source == SOURCE and subject.mode == "fused"]
+    progress("whole training steps")
+    return training_steps(fused, reference, quick=quick, device=device)
+
+
+def training_lines(kept: Mapping[str, Any]) -> list[str]:
+    """One sentence for each optimizer that was measured in whole training steps."""
+    return [
+        f"{step['algorithm']}: a training step of {step['tokens']} tokens takes {step['ratio']:.3f} times that with "
+        f"torch's fused AdamW ({step['backward_s']:.3g} s forward and backward, {step['step_s'] * 1e3:.3g} ms step)"
+        for step in kept.get("training", ())
+    ]
 
 
 def record(results: Sequence[Result], not_measured: dict[str, str], *, quick: bool, device: str) -> dict[str, Any]:

@@ -117,8 +117,10 @@ def moved_bytes(algorithm: str, optimizer: torch.optim.Optimizer) -> int:
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Bytes of all state tensors, each counted once."""
-    tensors = [leaf for leaf in tree_leaves(dict(optimizer.state)) if isinstance(leaf, Tensor)]
+    """Bytes of all state tensors, each counted once; with those of the communicator of an optimizer that has one."""
+    communicator = getattr(optimizer, "communicator", None)
+    kept = dict(optimizer.state), communicator.state_rows() if communicator is not None else {}
+    tensors = [leaf for leaf in tree_leaves(kept) if isinstance(leaf, Tensor)]
     return sum({(x.data_ptr(), x.nbytes): x.nbytes for x in tensors}.values())
 
 

@@ -4,9 +4,10 @@ from gradwire.comm import checkpoint
 from gradwire.comm.attach import attach
 from gradwire.comm.averager import Averager
 from gradwire.comm.communicator import Communicator
+from gradwire.comm.ddp import keep_local
 from gradwire.comm.errors import CheckpointError, ConfigurationError
 from gradwire.comm.exchange import AllGather, AllReduce, Exchange, Hierarchical, Simulated, TwoPhase
-from gradwire.comm.feedback import EF, EF21, ErrorFeedback, NoFeedback
+from gradwire.comm.feedback import EF, EF21, DecoupledMomentum, ErrorFeedback, NoFeedback
 from gradwire.comm.plan import Plan
 from gradwire.comm.powersgd import PowerSGD
 from gradwire.comm.stats import Stats
@@ -21,6 +22,7 @@ __all__ = [
     "CheckpointError",
     "Communicator",
     "ConfigurationError",
+    "DecoupledMomentum",
     "ErrorFeedback",
     "Exchange",
     "Hierarchical",
@@ -33,4 +35,5 @@ __all__ = [
     "Warmup",
     "attach",
     "checkpoint",
+    "keep_local",
 ]

@@ -34,14 +34,16 @@ def save(path: str | os.PathLike[str], **objects: Any) -> None:
 
     Args:
         path: Folder of the checkpoint.
-        **objects: By name: communicators, modules, optimizers (with their module as `model`), and anything that
-            `torch.distributed.checkpoint` takes (state dicts, objects with `state_dict` and `load_state_dict`).
+        **objects: By name: communicators, modules, optimizers (with their module as `model`; the `communicator` of one
+            that exchanges by itself is taken along), and anything that `torch.distributed.checkpoint` takes (state
+            dicts, objects with `state_dict` and `load_state_dict`).
 
     Example:
         >>> save(folder, communicator=communicator, model=model, optimizer=optimizer)  # doctest: +SKIP
     """
     with _one_process_is_fine():
-        dcp_save(_state(objects), checkpoint_id=os.fspath(path))
+        state = _state(objects)  # first: taking an optimizer's state may finish what its communicator does
+        dcp_save({**state, **_communicators_of(objects)}, checkpoint_id=os.fspath(path))
 
 
 def load(path: str | os.PathLike[str], **objects: Any) -> None:
@@ -63,6 +65,7 @@ def _load(path: Path, objects: dict[str, Any]) -> None:
     metadata = _read_metadata(path)
     communicators = {name: value for name, value in objects.items() if isinstance(value, Averager)}
     others = {name: value for name, value in objects.items() if name not in communicators}
+    communicators |= _communicators_of(objects)
     if others:
         state = _state(others)
         try:
@@ -93,6 +96,16 @@ def _state(objects: Mapping[str, Any]) -> dict[str, Any]:
         else:
             state[name] = value
     return state
+
+
+def _communicators_of(objects: Mapping[str, Any]) -> dict[str, Averager]:
+    """Communicators that belong to optimizers, under names of their own."""
+    owned = {name: getattr(value, "communicator", None) for name, value in objects.items()}
+    return {
+        f"{name}/communicator": communicator
+        for name, communicator in owned.items()
+        if isinstance(objects[name], torch.optim.Optimizer) and isinstance(communicator, Averager)
+    }
 
 
 def _restore(objects: Mapping[str, Any], state: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 import copy
 import datetime
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from gradwire.comm.row_matrix import RowMatrix
 from gradwire.comm.row_state import RowState
 from gradwire.compression import counter_rng
 from gradwire.compression.base import Compressor
+from gradwire.compression.tiles import Tile
 
 
 @dataclass
@@ -50,8 +52,8 @@ class _Bucket:
 class Communicator(Averager):
     """Average gradients over ranks through a compressor, error feedback and an exchange.
 
-        x = rows(g_i);  p_i = feedback.compensate(x);  payload_i = compressor.compress(p_i)
-        mean = exchange(payloads of all ranks);  g_i <- feedback.estimate(mean)
+        x = transform(rows(g_i));  p_i = feedback.compensate(x);  payload_i = compressor.compress(p_i)
+        mean = exchange(payloads of all ranks);  g_i <- transform^-1(feedback.estimate(mean))
 
     Args:
         compressor: What is sent of each row.
@@ -109,6 +111,11 @@ class Communicator(Averager):
         _check_requirement(self.feedback, compressor)
         if self.exchange.second is not None:
             _check_requirement(self.feedback, self.exchange.second)
+        if self.feedback.needs_mean and self.exchange.merge != "mean":
+            raise ValueError(
+                f"{type(self.feedback).__name__}: expected the mean over all ranks, got {self.exchange!r}. "
+                "Use merge='mean', or DecoupledMomentum."
+            )
         self.workers = self.exchange.workers
         self._buckets: Buckets[_Bucket] = Buckets()
         self._kernel = encode_kernel(compressor, self.feedback, fused=fused)
@@ -140,17 +147,17 @@ class Communicator(Averager):
             x = self.exchange.enter(matrix, matrix.load(grads, 1.0 / scale))
             keys = self._keys(held)
             parts, not_finite = encoder.encode(x, keys, state.feedback, state.begin())
-            if not self.compressor.preserves_zero:
+            if not (self.compressor.preserves_zero or self.compressor.changes_basis):
                 state.clear_padding()
             bundles.append(Bundle(held, parts, keys, state.exchange))
             bad = bad | not_finite
 
         means, bad = self._exchange(bucket, bundles, bad)
         estimates = []
-        for mean, state in zip(means, bucket.states, strict=True):
+        for mean, matrix, state in zip(means, bucket.matrices, bucket.states, strict=True):
             estimate, replicated = self.feedback.estimate(mean, state.feedback)
             state.stage(replicated)
-            estimates.append(estimate)
+            estimates.append(self.compressor.inverse_transform_rows(estimate, matrix.tile))
         estimates, bad = self.exchange.leave(bucket.matrices, estimates, bad)
 
         for estimate in estimates:
@@ -200,14 +207,14 @@ class Communicator(Averager):
         workers = self.workers
         shapes = [grad.shape[1:] if workers > 1 else grad.shape for grad in grads]
         dense: dict[torch.dtype, list[int]] = {}
-        compressed: dict[tuple[torch.dtype, int], list[int]] = {}
+        compressed: dict[tuple[torch.dtype, Tile], list[int]] = {}
         for position, (name, grad, shape) in enumerate(zip(names, grads, shapes, strict=True)):
             if shape.numel() == 0:
                 continue
             if self.plan.why_dense(name, shape) is not None:
                 dense.setdefault(grad.dtype, []).append(position)
             else:
-                compressed.setdefault((grad.dtype, self.compressor.row_width(shape)), []).append(position)
+                compressed.setdefault((grad.dtype, self.compressor.tile(shape)), []).append(position)
         self.connect()
         matrices = [
             RowMatrix(
@@ -215,12 +222,12 @@ class Communicator(Averager):
                 shapes,
                 members,
                 dtype,
-                width,
+                tile,
                 shards=self.exchange.shards,
                 workers=workers,
                 device=grads[0].device,
             )
-            for (dtype, width), members in compressed.items()
+            for (dtype, tile), members in compressed.items()
         ]
         states, encoders = [], []
         for matrix in matrices:
@@ -232,7 +239,17 @@ class Communicator(Averager):
     def _encoder(self, held: RowMatrix) -> Encoder:
         layout = self.compressor.layout(held.width, held.dtype)
         rows = held.workers * held.rows
-        return Encoder(self._kernel, layout, rows, held.width, held.dtype, held.device, fused=self._fused)
+        transform = functools.partial(self.compressor.transform_rows, tile=held.tile)
+        return Encoder(
+            self._kernel,
+            layout,
+            rows,
+            held.width,
+            held.dtype,
+            held.device,
+            fused=self._fused,
+            transform=transform if self.compressor.changes_basis else None,
+        )
 
     def _prepare(self, names: Sequence[str], tensors: Sequence[Tensor]) -> None:
         self._buckets.get(names, lambda: self._new_bucket(tensors, names))
@@ -240,6 +257,19 @@ class Communicator(Averager):
     def state_rows(self) -> dict[str, Tensor]:
         """Views of all state tensors `[workers, rows, width]`."""
         return self._buckets.rows()
+
+    @torch.no_grad()
+    def read_state(self, name: str, tensors: Sequence[Tensor], names: Sequence[str]) -> None:
+        """Copy a state tensor of the feedback, in entries again, into tensors like the gradients of one bucket.
+
+        Zero where it keeps none: before the first step, and for what is sent dense.
+        """
+        bucket = self._buckets.get(names, lambda: self._new_bucket(tensors, names))
+        for tensor in tensors:
+            tensor.zero_()
+        for matrix, state in zip(bucket.matrices, bucket.states, strict=True):
+            rows = self.compressor.inverse_transform_rows(state.feedback[name], matrix.tile)
+            matrix.store_each(rows.view(-1, matrix.rows, matrix.width), tensors)
 
     def load_rows(self, rows: dict[str, Tensor]) -> None:
         """Take over state tensors; those of parameters not seen yet wait for them."""
@@ -253,7 +283,8 @@ class Communicator(Averager):
 
     def _residual_norm(self) -> float:
         states = [state.feedback for bucket in self._buckets for state in bucket.states]
-        squares = [float(state["residual"].square().sum()) for state in states if "residual" in state]
+        kept = [state[name] for state in states for name in ("residual", "momentum_buffer") if name in state]
+        squares = [float(residual.square().sum()) for residual in kept]
         return math.sqrt(sum(squares))
 
 

@@ -57,5 +57,22 @@ class DDPHook:
         self._communicator.average_([grad], [name], last=last)
 
 
+def keep_local(module: DistributedDataParallel) -> None:
+    """Leave gradients as each rank has them, for optimizers that exchange by themselves (`gradwire.optim.DeMo`).
+
+    DDP then sends nothing in backward, and `no_sync` is not needed. It still broadcasts buffers in forward.
+
+    Raises:
+        RuntimeError: the module has a communication hook already.
+    """
+    module.register_comm_hook(None, _local_bucket)
+
+
+def _local_bucket(state: object, bucket: GradBucket) -> torch.futures.Future[Tensor]:
+    future: torch.futures.Future[Tensor] = torch.futures.Future()
+    future.set_result(bucket.buffer())
+    return future
+
+
 def _result(future: torch.futures.Future[Tensor]) -> Tensor:
     return future.wait()

@@ -49,7 +49,7 @@ def encode_kernel(compressor: Compressor, feedback: ErrorFeedback, *, fused: boo
 class Encoder:
     """Encodes the rows of one matrix into buffers that exist already.
 
-        target = feedback.compensate(x);  parts = compressor.compress(target)
+        target = feedback.compensate(transform(x));  parts = compressor.compress(target)
         state' = feedback.update(target, decompress(parts))
 
     The first touch of fresh memory costs a CPU more than the arithmetic, so outputs are reused; and what passes over a
@@ -63,6 +63,7 @@ class Encoder:
         dtype: Dtype of the tensors that the rows are cut from.
         device: Where the matrix lives.
         fused: Whether the kernel is compiled.
+        transform: Brings rows into the compressor's basis, if that is another one.
     """
 
     def __init__(
@@ -75,8 +76,9 @@ class Encoder:
         device: torch.device,
         *,
         fused: bool,
+        transform: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
-        self._kernel, self._dtype = kernel, dtype
+        self._kernel, self._transform, self._dtype = kernel, transform, dtype
         self._parts = tuple(torch.empty((rows, part.columns), dtype=part.dtype, device=device) for part in layout)
         entries = rows * width if device.type != "cpu" else _FUSED_BLOCK if fused else _EAGER_BLOCK
         step = max(1, entries // width)
@@ -99,7 +101,7 @@ class Encoder:
         bad = torch.zeros((), dtype=torch.bool, device=x.device)
         for block in self._blocks:
             bad = bad | self._kernel(
-                x[block],
+                x[block] if self._transform is None else self._transform(x[block]),
                 self._dtype,
                 None if keys is None else keys[block],
                 {name: state[name][block] for name in out},

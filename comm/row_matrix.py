@@ -17,6 +17,7 @@ from torch import Tensor
 
 from gradwire.compression import counter_rng
 from gradwire.compression.base import compute_dtype
+from gradwire.compression.tiles import Tile
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Piece:
         first: First row within the tensor.
         last: One past its last row within the tensor.
         row: First row within the matrix.
-        entries: Entries of the tensor in this run; the rest of the last row is padding.
+        entries: Entries of the tensor in this run, if rows are runs of entries; the rest of the last row is padding.
     """
 
     name: str
@@ -49,7 +50,7 @@ class RowMatrix:
         shapes: Their shapes, without a leading dimension of workers.
         members: Positions of the tensors that belong to this matrix.
         dtype: Their common dtype.
-        width: Entries per row.
+        tile: How they are cut into rows.
         shards: Number of owners among whom rows are dealt, >= 1.
         workers: Workers whose gradients this process holds; tensors have that leading dimension if it is not 1.
         device: Where the matrix lives.
@@ -61,20 +62,21 @@ class RowMatrix:
         shapes: Sequence[torch.Size],
         members: Sequence[int],
         dtype: torch.dtype,
-        width: int,
+        tile: Tile,
         *,
         shards: int,
         workers: int,
         device: torch.device,
     ) -> None:
-        self.dtype, self.width, self.workers, self.device = dtype, width, workers, device
-        self._members = tuple(members)
+        self.dtype, self.tile, self.workers, self.device = dtype, tile, workers, device
+        self.width = width = tile.numel
+        self._shapes = {position: shapes[position] for position in members}
         self.pieces: list[Piece] = []
         self.bounds = [0]
         for owner in range(shards):
             row = self.bounds[-1]
             for position in members:
-                rows = -(-shapes[position].numel() // width)
+                rows = tile.rows(shapes[position])
                 turn = (owner - zlib.crc32(names[position].encode())) % shards
                 first, last = turn * rows // shards, (turn + 1) * rows // shards
                 if first < last:
@@ -84,7 +86,7 @@ class RowMatrix:
             self.bounds.append(row)
         self.rows = self.bounds[-1]
         self._runs, padding = self._split_sizes()
-        self.padding = torch.tensor(padding, dtype=torch.int64, device=device)
+        self.padding = (self._tile_padding() if tile.matrix else torch.tensor(padding, dtype=torch.int64)).to(device)
         self._parts: dict[tuple[int, int], RowMatrix] = {}
         keys = [
             counter_rng.row_keys(counter_rng.fold(p.name), p.last - p.first, device, first=p.first) for p in self.pieces
@@ -116,10 +118,11 @@ class RowMatrix:
 
     def load(self, grads: Sequence[Tensor], factor: Tensor | float) -> Tensor:
         """Copy gradients times `factor` into a new matrix `[workers * rows, width]` with zero padding."""
-        x = torch.empty(
-            (self.workers, self.rows * self.width), dtype=compute_dtype(self.dtype), device=self.device
-        ).index_fill_(1, self.padding, 0)
-        torch._foreach_copy_(self._views(x), self._flat(grads))
+        x = torch.empty((self.workers, self.rows * self.width), dtype=compute_dtype(self.dtype), device=self.device)
+        if self.tile.matrix:
+            self._load_tiles(x, grads)
+        else:
+            torch._foreach_copy_(self._views(x.index_fill_(1, self.padding, 0)), self._flat(grads))
         if not (isinstance(factor, float) and factor == 1.0):
             x *= factor
         return x.view(self.workers * self.rows, self.width)
@@ -128,14 +131,68 @@ class RowMatrix:
         """Copy the mean `[rows, width]` times `factor` back into the gradients (of every worker)."""
         if not (isinstance(factor, float) and factor == 1.0):
             mean = mean * factor
+        if self.tile.matrix:
+            self._store_tiles(mean, grads)
+            return
         views = self._views(mean.reshape(1, -1).expand(self.workers, -1))
         flat = self._flat(grads)
         torch._foreach_copy_(flat, views)
-        for position in self._members:  # a gradient that is not contiguous was copied by _flat
+        for position in self._shapes:  # a gradient that is not contiguous was copied by _flat
             if not grads[position].is_contiguous():
                 runs = [run for piece, run in zip(self.pieces, flat, strict=True) if piece.position == position]
                 runs.sort(key=lambda run: run.storage_offset())
                 grads[position].copy_(torch.cat(runs, dim=1).view(grads[position].shape))
+
+    def store_each(self, rows: Tensor, grads: Sequence[Tensor]) -> None:
+        """Copy every worker's rows `[workers, rows, width]` into its own slice of the gradients."""
+        if self.workers == 1:
+            self.store(rows[0], grads, 1.0)
+            return
+        everyone = [torch.empty_like(grad) for grad in grads]
+        for worker, own in enumerate(rows):
+            self.store(own, everyone, 1.0)
+            for position in self._shapes:
+                grads[position][worker] = everyone[position][worker]
+
+    def _load_tiles(self, x: Tensor, grads: Sequence[Tensor]) -> None:
+        into, out = [], []
+        for position, shape in self._shapes.items():
+            pieces = self._pieces_of(position)
+            if len(pieces) == 1 and self.workers == 1:
+                into.append(self.tile.blocks(self._run(x, pieces[0])[0], shape))
+                out.append(self.tile.padded(grads[position]))
+                continue
+            tiles = self.tile.cut(grads[position], self.workers).view(self.workers, -1, self.width)
+            into += [self._run(x, piece) for piece in pieces]
+            out += [tiles[:, piece.first : piece.last] for piece in pieces]
+        torch._foreach_copy_(into, out)
+
+    def _store_tiles(self, mean: Tensor, grads: Sequence[Tensor]) -> None:
+        for position, shape in self._shapes.items():
+            runs = [self._run(mean.view(1, -1), piece)[0] for piece in self._pieces_of(position)]
+            tiles = runs[0] if len(runs) == 1 else torch.cat(runs)
+            grads[position].copy_(self.tile.join(tiles, shape))
+
+    def _pieces_of(self, position: int) -> list[Piece]:
+        """The pieces of one tensor, in its order."""
+        return sorted((piece for piece in self.pieces if piece.position == position), key=lambda piece: piece.first)
+
+    def _run(self, x: Tensor, piece: Piece) -> Tensor:
+        """The rows of a piece in `x [workers, rows * width]`: a view `[workers, rows of the piece, width]`."""
+        first, last = piece.row * self.width, (piece.row + piece.last - piece.first) * self.width
+        return x[:, first:last].view(x.shape[0], -1, self.width)
+
+    def _tile_padding(self) -> Tensor:
+        """Positions of the padding where rows are tiles."""
+        there = torch.zeros((1, self.rows * self.width), dtype=torch.bool)
+        for position, shape in self._shapes.items():
+            if self.tile.rows(shape) * self.width == shape.numel():
+                tiles = torch.ones((), dtype=torch.bool).expand(self.tile.rows(shape), self.width)
+            else:
+                tiles = self.tile.cut(torch.ones(shape, dtype=torch.bool))
+            for piece in self._pieces_of(position):
+                self._run(there, piece)[0].copy_(tiles[piece.first : piece.last])
+        return torch.nonzero(~there[0]).flatten()
 
     def clear_padding_(self, x: Tensor) -> Tensor:
         """Set the padding of `x [workers * rows, width]` to zero, in place."""
@@ -157,5 +214,5 @@ class RowMatrix:
 
     def _flat(self, grads: Sequence[Tensor]) -> list[Tensor]:
         """The entries of every piece, `[workers, entries]`, views where the gradient is contiguous."""
-        flat = {position: grads[position].reshape(self.workers, -1) for position in self._members}
+        flat = {position: grads[position].reshape(self.workers, -1) for position in self._shapes}
         return [flat[piece.position].narrow(1, piece.first * self.width, piece.entries) for piece in self.pieces]

@@ -10,6 +10,7 @@ else:
     from gradwire.compression.cast import Cast
     from gradwire.compression.chain import Chain
     from gradwire.compression.chunk_topk import ChunkTopK
+    from gradwire.compression.dct_topk import DCTTopK
     from gradwire.compression.identity import Identity
     from gradwire.compression.random_k import RandomK
     from gradwire.compression.scaled_sign import ScaledSign
@@ -22,6 +23,7 @@ else:
         "Chain",
         "ChunkTopK",
         "Compressor",
+        "DCTTopK",
         "Identity",
         "Part",
         "Payload",

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from gradwire.compression import counter_rng
+from gradwire.compression.tiles import Tile
 
 Reduction = Literal["sum", "gather"]
 Randomness = Literal["none", "shared", "private"]
@@ -74,6 +75,8 @@ class Payload:
 class Compressor(ABC):
     """A lossy map on the rows of a matrix, and its inverse.
 
+        tensor --to_rows--> rows --transform_rows--> x --compress_rows--> payload, and back
+
     A subclass is a frozen dataclass of hyper-parameters and implements the row form: `layout`, `compress_rows` and
     `decompress_rows`. The layout depends on the width and dtype only, never on values, so payloads of all ranks have
     equal sizes and nothing waits for the host.
@@ -98,6 +101,16 @@ class Compressor(ABC):
         return True
 
     @property
+    def changes_basis(self) -> bool:
+        """Whether `transform_rows` does something; entries of a row are then no entries of the tensor."""
+        return False
+
+    @property
+    def keeps_size(self) -> bool:
+        """Whether what decompresses is as large as what went in. If not (signs alone), it stands for directions."""
+        return True
+
+    @property
     def reduction(self) -> Reduction:
         """What may be done with payloads: "sum": added before decompression (all-reduce); "gather": only gathered."""
         return "gather"
@@ -107,6 +120,18 @@ class Compressor(ABC):
     @abstractmethod
     def row_width(self, shape: torch.Size) -> int:
         """Width of the rows into which a tensor of this shape is cut, at least 1."""
+
+    def tile(self, shape: torch.Size) -> Tile:
+        """How a tensor of this shape is cut into rows of `row_width` entries: by default into runs of entries."""
+        return Tile(self.row_width(shape))
+
+    def transform_rows(self, x: Tensor, tile: Tile) -> Tensor:
+        """Bring rows cut by `tile` into the orthonormal basis that `compress_rows` works in; a new tensor, or x."""
+        return x
+
+    def inverse_transform_rows(self, x: Tensor, tile: Tile) -> Tensor:
+        """Bring rows back from the basis of `transform_rows`; a new tensor, or x."""
+        return x
 
     @abstractmethod
     def layout(self, width: int, dtype: torch.dtype) -> tuple[Part, ...]:
@@ -134,10 +159,23 @@ class Compressor(ABC):
     ) -> tuple[tuple[Tensor, ...], Tensor]:
         """Compress each row, and give what `decompress_rows` makes of it, to the bit, as a new tensor.
 
-        Error feedback needs both. Override it where the second is at hand before packing.
+        Error feedback needs both. Override it where the second is at hand before packing. Without `keeps_size` the
+        second holds, at the same places, the values that the payload stands for.
         """
         parts = self.compress_rows(x, dtype, keys)
         return parts, self.decompress_rows(parts, x.shape[1], keys)
+
+    def add_rows_(
+        self, total: Tensor, parts: tuple[Tensor, ...], keys: Tensor | None = None, *, counts: Tensor | None = None
+    ) -> None:
+        """Add what `decompress_rows` gives to `total [rows, width]` and one to `counts` where it is not zero, in place.
+
+        Override it where payloads are sparse.
+        """
+        rows = self.decompress_rows(parts, total.shape[1], keys)
+        total += rows
+        if counts is not None:
+            counts += rows != 0
 
     def check_parts(self, parts: tuple[Tensor, ...], width: int) -> None:  # noqa: B027  (most parts may hold any value)
         """Raise ValueError where parts of the right dtype and shape hold what `compress_rows` never gives.
@@ -167,7 +205,7 @@ class Compressor(ABC):
         """
         if not x.is_floating_point():
             raise TypeError(f"{type(self).__name__}: expected a floating-point tensor, got {x.dtype}.")
-        rows = self.to_rows(x)
+        rows = self.transform_rows(self.to_rows(x), self.tile(x.shape))
         keys = None if self.randomness == "none" else counter_rng.row_keys(seed, rows.shape[0], x.device)
         parts = self.compress_rows(rows, x.dtype, keys)
         return Payload(parts, x.shape, x.dtype, keys if self.randomness == "shared" else None)
@@ -176,6 +214,7 @@ class Compressor(ABC):
     def decompress(self, payload: Payload) -> Tensor:
         """Rebuild the tensor from its payload, in the shape and dtype that went in."""
         rows = self.decompress_rows(payload.parts, self.row_width(payload.shape), payload.keys)
+        rows = self.inverse_transform_rows(rows, self.tile(payload.shape))
         return self.from_rows(rows, payload.shape).to(payload.dtype)
 
     @final
@@ -187,17 +226,15 @@ class Compressor(ABC):
 
     @final
     def num_rows(self, shape: torch.Size) -> int:
-        """Rows of a tensor of this shape: its entries over the width, rounded up."""
-        return -(-shape.numel() // self.row_width(shape))
+        """Rows of a tensor of this shape."""
+        return self.tile(shape).rows(shape)
 
     @final
     def to_rows(self, x: Tensor) -> Tensor:
-        """Flatten, pad with zeros to full rows and widen to `compute_dtype`: `[num_rows, row_width]`, a new tensor."""
-        rows = x.new_zeros((self.num_rows(x.shape), self.row_width(x.shape)), dtype=compute_dtype(x.dtype))
-        rows.view(-1)[: x.numel()] = x.reshape(-1)
-        return rows
+        """Cut, pad with zeros to full rows and widen to `compute_dtype`: `[num_rows, row_width]`, a new tensor."""
+        return self.tile(x.shape).cut(x.to(compute_dtype(x.dtype)))
 
     @final
     def from_rows(self, rows: Tensor, shape: torch.Size) -> Tensor:
         """Inverse of `to_rows`: drop the padding and restore the shape."""
-        return rows.reshape(-1)[: shape.numel()].reshape(shape)
+        return self.tile(shape).join(rows, shape)

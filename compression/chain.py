@@ -8,6 +8,7 @@ from torch import Tensor
 
 from gradwire.compression import counter_rng
 from gradwire.compression.base import Compressor, Part, Randomness, Reduction
+from gradwire.compression.tiles import Tile
 
 _SECOND = counter_rng.fold("Chain.second")  # keeps the second's draws apart from the first's
 
@@ -82,9 +83,31 @@ class Chain(Compressor):
         alone = len(self.first.layout(self.first.row_width(torch.Size([1])), torch.float32)) == 1
         return "sum" if alone and self.first.reduction == self.second.reduction == "sum" else "gather"
 
+    @property
+    def changes_basis(self) -> bool:
+        """If the first does."""
+        return self.first.changes_basis
+
+    @property
+    def keeps_size(self) -> bool:
+        """If both do."""
+        return self.first.keeps_size and self.second.keeps_size
+
     def row_width(self, shape: torch.Size) -> int:
         """Rows of the first."""
         return self.first.row_width(shape)
+
+    def tile(self, shape: torch.Size) -> Tile:
+        """Tiles of the first."""
+        return self.first.tile(shape)
+
+    def transform_rows(self, x: Tensor, tile: Tile) -> Tensor:
+        """The basis of the first."""
+        return self.first.transform_rows(x, tile)
+
+    def inverse_transform_rows(self, x: Tensor, tile: Tile) -> Tensor:
+        """Back from the basis of the first."""
+        return self.first.inverse_transform_rows(x, tile)
 
     def layout(self, width: int, dtype: torch.dtype) -> tuple[Part, ...]:
         """The first's parts but for its values, then the second's."""

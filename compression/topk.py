@@ -64,13 +64,9 @@ class RowTopK(Compressor):
         """Entries kept in a row of this width, 1..width."""
 
     def layout(self, width: int, dtype: torch.dtype) -> tuple[Part, ...]:
-        """Values, and positions in ceil(log2 width) bits each, or whole words for rows wider than 65,536."""
-        k, index_bits = self.kept(width), _index_bits(width)
-        if index_bits > 16:
-            indices = Part("indices", torch.int32 if index_bits <= 31 else torch.int64, k)
-        else:
-            indices = Part("indices", torch.uint8, bits.packed_columns(k, index_bits))
-        return Part("values", dtype, k), indices
+        """Values and positions."""
+        k = self.kept(width)
+        return Part("values", dtype, k), index_part(k, width)
 
     @property
     def carries_non_finite(self) -> bool:
@@ -80,7 +76,7 @@ class RowTopK(Compressor):
     def compress_rows(self, x: Tensor, dtype: torch.dtype, keys: Tensor | None = None) -> tuple[Tensor, ...]:
         """Select, gather and pack."""
         values, indices = self._select(x, dtype)
-        return values, self._pack(indices, x.shape[1], dtype)
+        return values, pack_indices(indices, x.shape[1])
 
     def compress_rows_with_sent(
         self, x: Tensor, dtype: torch.dtype, keys: Tensor | None = None
@@ -88,42 +84,64 @@ class RowTopK(Compressor):
         """Scatter before positions are packed."""
         values, indices = self._select(x, dtype)
         sent = torch.zeros_like(x).scatter_(1, indices, values.to(x.dtype))
-        return (values, self._pack(indices, x.shape[1], dtype)), sent
+        return (values, pack_indices(indices, x.shape[1])), sent
 
     def _select(self, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         indices = topk_indices(x, self.kept(x.shape[1]))
         return x.gather(1, indices).to(dtype), indices
 
-    def _pack(self, indices: Tensor, width: int, dtype: torch.dtype) -> Tensor:
-        part = self.layout(width, dtype)[1]
-        if part.dtype == torch.uint8:
-            return bits.pack(indices, _index_bits(width))
-        return indices.to(part.dtype)
-
     def decompress_rows(self, parts: tuple[Tensor, ...], width: int, keys: Tensor | None = None) -> Tensor:
         """Scatter the values into rows of zeros."""
         values = parts[0]
         x = values.new_zeros((values.shape[0], width), dtype=compute_dtype(values.dtype))
-        return x.scatter_(1, _indices(parts, width), values.to(x.dtype))
+        return x.scatter_(1, unpack_indices(parts[1], values.shape[1], width), values.to(x.dtype))
+
+    def add_rows_(
+        self, total: Tensor, parts: tuple[Tensor, ...], keys: Tensor | None = None, *, counts: Tensor | None = None
+    ) -> None:
+        """Add the values at their positions; those of a row are distinct, so the order does not matter."""
+        values = parts[0].to(total.dtype)
+        indices = unpack_indices(parts[1], values.shape[1], total.shape[1])
+        total.scatter_add_(1, indices, values)
+        if counts is not None:
+            counts.scatter_add_(1, indices, (values != 0).to(counts.dtype))
 
     def check_parts(self, parts: tuple[Tensor, ...], width: int) -> None:
-        """Every position lies in its row."""
-        indices = _indices(parts, width)
-        if ((indices < 0) | (indices >= width)).any():
-            raise ValueError(f"{type(self).__name__}: expected indices in [0, {width}), got one outside.")
+        """Every position lies in its row, and no two are the same."""
+        check_indices(self, unpack_indices(parts[1], parts[0].shape[1], width), width)
+
+
+def check_indices(compressor: Compressor, indices: Tensor, width: int) -> None:
+    """Raise ValueError unless positions `[rows, k]` lie in [0, width) and are distinct within a row."""
+    if ((indices < 0) | (indices >= width)).any():
+        raise ValueError(f"{type(compressor).__name__}: expected indices in [0, {width}), got one outside.")
+    in_order = indices.sort(dim=1).values
+    if (in_order[:, 1:] == in_order[:, :-1]).any():
+        raise ValueError(f"{type(compressor).__name__}: expected every index once in a row, got one twice.")
+
+
+def index_part(k: int, width: int) -> Part:
+    """The positions of k entries of a row: ceil(log2 width) bits each, or whole words for rows wider than 65,536."""
+    index_bits = _index_bits(width)
+    if index_bits > 16:
+        return Part("indices", torch.int32 if index_bits <= 31 else torch.int64, k)
+    return Part("indices", torch.uint8, bits.packed_columns(k, index_bits))
+
+
+def pack_indices(indices: Tensor, width: int) -> Tensor:
+    """Positions `[rows, k]` int64 in the form of `index_part`."""
+    part = index_part(indices.shape[1], width)
+    return bits.pack(indices, _index_bits(width)) if part.dtype == torch.uint8 else indices.to(part.dtype)
+
+
+def unpack_indices(packed: Tensor, k: int, width: int) -> Tensor:
+    """Inverse of `pack_indices`: int64 `[rows, k]`."""
+    return bits.unpack(packed, k, _index_bits(width), torch.int64) if packed.dtype == torch.uint8 else packed.long()
 
 
 def _index_bits(width: int) -> int:
     """Bits of a position in a row, at least 1."""
     return max(1, (width - 1).bit_length())
-
-
-def _indices(parts: tuple[Tensor, ...], width: int) -> Tensor:
-    """Positions of the values, unpacked: int64 `[rows, k]`."""
-    values, indices = parts
-    if indices.dtype == torch.uint8:
-        return bits.unpack(indices, values.shape[1], _index_bits(width), torch.int64)
-    return indices.long()
 
 
 @final

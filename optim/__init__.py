@@ -4,9 +4,26 @@ from gradwire.optim.adabelief import AdaBelief
 from gradwire.optim.adafactor import Adafactor
 from gradwire.optim.adamp import AdamP
 from gradwire.optim.base import Optimizer
+from gradwire.optim.demo import DeMo
 from gradwire.optim.diffgrad import DiffGrad
+from gradwire.optim.lamb import LAMB
 from gradwire.optim.laprop import LaProp
+from gradwire.optim.mkor import MKOR
+from gradwire.optim.mkorh import MKORH
 from gradwire.optim.release import in_backward
 from gradwire.optim.sgdp import SGDP
 
-__all__ = ["SGDP", "AdaBelief", "Adafactor", "AdamP", "DiffGrad", "LaProp", "Optimizer", "in_backward"]
+__all__ = [
+    "LAMB",
+    "MKOR",
+    "MKORH",
+    "SGDP",
+    "AdaBelief",
+    "Adafactor",
+    "AdamP",
+    "DeMo",
+    "DiffGrad",
+    "LaProp",
+    "Optimizer",
+    "in_backward",
+]

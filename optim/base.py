@@ -66,6 +66,10 @@ class Optimizer(torch.optim.Optimizer, ABC):
     def init_state(self, param: Tensor, group: Mapping[str, Any]) -> dict[str, Tensor]:
         """The state of one parameter before its first step, without `step`; see `zeros_like`."""
 
+    def init_state_like(self, param: Tensor, group: Mapping[str, Any], like: Tensor) -> dict[str, Tensor]:
+        """The state of a stand-in for `like` of another shape; by default `init_state`, which sees the shape alone."""
+        return self.init_state(param, group)
+
     def dims(self, shape: torch.Size, group: Mapping[str, Any]) -> Dims:
         """How `update_` sees a parameter: which of its dimensions become which one; by default all become one."""
         return (tuple(range(len(shape))),)
@@ -98,6 +102,10 @@ class Optimizer(torch.optim.Optimizer, ABC):
         Returns:
             Small intermediates, if any, that the compiler must store and not recompute at every use.
         """
+
+    def gradients(self, params: Sequence[Tensor]) -> list[Tensor | None]:
+        """What each parameter descends along: by default its gradient; of its local shape or its own."""
+        return [param.grad for param in params]
 
     # torch's interface.
 
@@ -203,9 +211,9 @@ class Optimizer(torch.optim.Optimizer, ABC):
         return torch.zeros_like(param, dtype=group["state_dtype"] or compute_dtype(param.dtype))
 
     @final
-    def _new_state(self, param: Tensor, group: Mapping[str, Any]) -> dict[str, Tensor]:
+    def _new_state(self, param: Tensor, group: Mapping[str, Any], like: Tensor | None = None) -> dict[str, Tensor]:
         step = torch.zeros((), dtype=torch.float32, device=param.device)
-        state = {"step": step, **self.init_state(param, group)}
+        state = {"step": step, **self.init_state_like(param, group, param if like is None else like)}
         if group["kahan_sum"] and compute_dtype(param.dtype) != param.dtype:
             state["compensation"] = torch.zeros_like(param)
         return state
@@ -249,8 +257,7 @@ class Optimizer(torch.optim.Optimizer, ABC):
             return
         buckets: dict[tuple[int, torch.dtype], list[Flat]] = defaultdict(list)
         known, states = self._flats, self.state
-        for param in params:
-            grad = param.grad
+        for param, grad in zip(params, self.gradients(params), strict=True):
             if grad is None:
                 continue
             if grad.layout != torch.strided:
@@ -351,7 +358,7 @@ class Optimizer(torch.optim.Optimizer, ABC):
         spares = []
         for _ in range(n):
             param = torch.zeros(shape, dtype=like.param.dtype, device=like.param.device)
-            state = self._new_state(param, group)
+            state = self._new_state(param, group, like.owner)
             state["step"].fill_(1.0)
             spares.append(Flat(param, state, self.dims(shape, group), "spare", whole=False))
             spares[-1].take(torch.zeros_like(param, dtype=like.grad.dtype))

@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from reference import adafactor, feedback, optimizers, quantizers, sparsifiers
+from reference import adafactor, demo, feedback, lamb, mkor, optimizers, quantizers, sparsifiers
 
 from gradwire import comm, optim
 from gradwire import compression as C
@@ -160,6 +160,30 @@ COMPRESSORS: list[CompressorCase] = [
             second=partial(quantizers.cast, dtype="bfloat16"),
             scale=8,
         ),
+    ),
+    CompressorCase(
+        C.DCTTopK(k=4, chunk=16, values="fp32"),
+        partial(sparsifiers.top_k_of_tile, k=4, chunk=16),
+        rtol=0,
+        errors=(
+            ({"k": 0}, "DCTTopK: expected an integer k >= 1, got k=0"),
+            ({"k": 65, "chunk": 8}, r"expected k <= chunk\^2, got k=65 and chunk=8"),
+            ({"k": 8, "ratio": 0.1}, r"expected k or ratio, got k=8 and ratio=0\.1"),
+            ({"ratio": 0.0}, r"expected 0 < ratio <= 1, got ratio=0\.0"),
+            ({"chunk": 129}, "expected 2 <= chunk <= 128, got chunk=129"),
+            ({"transform": "fft"}, r"expected transform in \('dct', 'random', 'none'\), got transform='fft'"),
+            ({"values": "fp8"}, "expected values in .*, got values='fp8'"),
+        ),
+    ),
+    CompressorCase(C.DCTTopK(), partial(sparsifiers.top_k_of_tile, k=32, chunk=64), rtol=2.0**-8),
+    CompressorCase(
+        C.DCTTopK(ratio=0.02, transform="random", values="int8"), partial(sparsifiers.top_k, ratio=0.02), rtol=1 / 254
+    ),
+    CompressorCase(C.DCTTopK(k=8, chunk=16, values="sign"), partial(sparsifiers.top_k_signs, k=8, chunk=16), rtol=0),
+    CompressorCase(
+        C.DCTTopK(k=1, chunk=32, values="sign", transform="none"),
+        partial(sparsifiers.top_k_signs, k=1, chunk=32),
+        rtol=0,
     ),
     # Quantisers.
     *(CompressorCase(C.Cast(name), partial(quantizers.cast, dtype=name)) for name in quantizers.FORMATS),
@@ -349,6 +373,61 @@ OPTIMIZERS: list[OptimizerCase] = [
         adafactor.adafactor,
     ),
     OptimizerCase(optim.Adafactor, {"scale_parameter": False, "eps": (1e-8, 0.0)}, adafactor.adafactor),
+    OptimizerCase(
+        optim.LAMB,
+        {},
+        lamb.lamb,
+        errors=(
+            ({"lr": -1.0}, r"LAMB: expected 0 <= lr, got lr=-1\.0\."),
+            ({"betas": (0.9, 1.0)}, r"expected 0 <= betas\[1\] < 1, got betas\[1\]=1\.0"),
+            ({"eps": -1e-6}, "expected 0 <= eps, got eps=-1e-06"),
+            ({"weight_decay": -0.1}, "expected 0 <= weight_decay"),
+            ({"norm_bounds": 10.0}, r"LAMB: expected norm_bounds \(low, high\) with 0 <= low <= high, got 10\.0"),
+            ({"norm_bounds": (2.0, 1.0)}, r"got \(2\.0, 1\.0\)"),
+            ({"norm_bounds": (-1.0, 1.0)}, r"got \(-1\.0, 1\.0\)"),
+        ),
+    ),
+    OptimizerCase(optim.LAMB, {"weight_decay": 0.1, "bias_correction": False, "norm_bounds": (0.5, 3.0)}, lamb.lamb),
+    OptimizerCase(optim.LAMB, {"betas": (0.5, 0.9), "eps": 1e-4, "weight_decay": 0.5, "trust_clip": True}, lamb.lamb),
+    OptimizerCase(optim.LAMB, {"weight_decay": 0.1, "adapt": False}, lamb.lamb),
+]
+
+_ALL = comm.Plan(min_ndim=0, min_numel=0)
+_EXACT = {"chunk": 16, "plan": _ALL, "values": "fp32"}
+
+EXCHANGING: list[OptimizerCase] = [  # their suite is tests/test_demo*.py: a step needs all parameters and all ranks
+    OptimizerCase(
+        optim.DeMo,
+        {"k": 8, **_EXACT},
+        demo.demo,
+        errors=(
+            ({"lr": -1.0}, r"DeMo: expected 0 <= lr, got lr=-1\.0"),
+            ({"form": "2025"}, r"expected form in \('2024', '2026', 'overlapped'\), got form='2025'"),
+            ({"momentum": 1.0}, r"expected 0 <= momentum < 1, got momentum=1\.0"),
+            ({"alpha": 1.5}, r"0 <= alpha <= 1, got alpha=1\.5"),
+            ({"base": "adam"}, "expected base 'sign', 'identity' or 'orthogonalized', got base='adam'"),
+            ({"base": "identity"}, "expected form='2026' and values with a size .* got form='2024'"),
+            ({"base": "identity", "form": "2026", "values": "sign"}, "got form='2026' and values='sign'"),
+            ({"weight_decay": -0.1}, "expected 0 <= weight_decay"),
+            ({"bucket_mb": 0}, "expected bucket_mb > 0, got bucket_mb=0"),
+            ({"k": 5000}, r"expected k <= chunk\^2, got k=5000"),
+            ({"differentiable": True}, "expected differentiable=False"),
+        ),
+    ),
+    OptimizerCase(optim.DeMo, {"k": 8, "momentum": 0.5, "weight_decay": 0.1, **_EXACT}, demo.demo),
+    OptimizerCase(optim.DeMo, {"k": 16, "transform": "none", **_EXACT}, demo.demo),
+    OptimizerCase(optim.DeMo, {"k": 8, **_EXACT, "values": "sign"}, demo.demo),
+    OptimizerCase(
+        optim.DeMo, {"k": 8, "form": "2026", "momentum": 0.9, "alpha": 0.2, "weight_decay": 0.1, **_EXACT}, demo.demo
+    ),
+    OptimizerCase(
+        optim.DeMo, {"k": 8, "form": "2026", "momentum": 0.9, "alpha": 0.5, "base": "identity", **_EXACT}, demo.demo
+    ),
+]
+
+PRECONDITIONERS: list[tuple[type[torch.optim.Optimizer], Callable[..., Any]]] = [  # their suite: tests/test_mkor*.py
+    (optim.MKOR, mkor.mkor),
+    (optim.MKORH, mkor.mkorh),
 ]
 
 FEEDBACKS: list[FeedbackCase] = [
@@ -358,8 +437,22 @@ FEEDBACKS: list[FeedbackCase] = [
     ),
     FeedbackCase(comm.EF(decay=0.75), partial(feedback.ef, decay=0.75)),
     FeedbackCase(comm.EF21(), feedback.ef21),
+    FeedbackCase(
+        comm.DecoupledMomentum(decay=0.9),
+        partial(feedback.decoupled_momentum, decay=0.9),
+        errors=(
+            ({"decay": 1.5}, r"0 <= decay <= 1, got decay=1\.5"),
+            ({"alpha": -0.1}, r"0 <= alpha <= 1, got alpha=-0\.1"),
+            ({"decay": 1.0, "ema": True}, "decay < 1 with ema=True, got decay=1"),
+        ),
+    ),
+    FeedbackCase(
+        comm.DecoupledMomentum(decay=0.75, alpha=0.2, ema=True),
+        partial(feedback.decoupled_momentum, decay=0.75, alpha=0.2, ema=True),
+    ),
 ]
 
+_DCT = C.DCTTopK(k=16, chunk=16)
 _CHUNK = C.ChunkTopK(k=8, chunk=256)
 _INT8, _INT4 = C.BlockQuantize(bits=8, block=256), C.BlockQuantize(bits=4, block=256)
 _RANDOM_K = C.RandomK(k=8, chunk=256, unbiased=False)
@@ -403,6 +496,13 @@ COMMUNICATORS: list[CommunicatorCase] = [
     _composed("chain-chunk-int8-EF", C.Chain(_CHUNK, C.BlockQuantize(bits=8, block=8)), comm.EF()),
     _composed("chain-chunk-int8-EF21", C.Chain(_CHUNK, C.BlockQuantize(bits=8, block=8)), comm.EF21()),
     _composed("chain-random-k-bf16-EF", C.Chain(_RANDOM_K, C.Cast("bfloat16")), comm.EF()),
+    _composed("dct-EF", _DCT, comm.EF()),
+    _composed("dct-EF-two-phase-fp32", _DCT, comm.EF(), lambda: comm.TwoPhase(second=C.Identity(width=256))),
+    _composed("dct-EF-hierarchical", _DCT, comm.EF(), lambda: comm.Hierarchical(2, comm.AllGather()), inside=2),
+    _composed("dct-EF21", _DCT, comm.EF21()),
+    _composed(
+        "dct-momentum-contributors", _DCT, comm.DecoupledMomentum(0.9), lambda: comm.AllGather(merge="contributors")
+    ),
     CommunicatorCase("warmup-chunk-EF", _warmup, composed=False),
     CommunicatorCase("powersgd", partial(comm.PowerSGD, 2), composed=False),
     CommunicatorCase(

@@ -8,7 +8,7 @@ import torch
 from cases import COMPRESSORS
 
 from gradwire.bench import compression as bench
-from gradwire.compression import BlockQuantize, Chain, ChunkTopK, Compressor, Identity, ScaledSign
+from gradwire.compression import BlockQuantize, Chain, ChunkTopK, Compressor, DCTTopK, Identity, ScaledSign
 
 
 @pytest.fixture(scope="module")
@@ -40,18 +40,25 @@ def test_the_ratio_compares_with_the_copy() -> None:
 
 
 @pytest.mark.parametrize(
-    "compressor", [Identity(), ScaledSign(), BlockQuantize(bits=2, stochastic=True), Chain(ChunkTopK(), ScaledSign(32))]
+    "compressor",
+    [
+        *(Identity(), ScaledSign(), BlockQuantize(bits=2, stochastic=True), Chain(ChunkTopK(), ScaledSign(32))),
+        DCTTopK(values="fp32"),
+    ],
+    ids=repr,
 )
 def test_what_is_timed_is_encoding_with_feedback(compressor: Compressor) -> None:
-    subject = bench.Subject(compressor, torch.randn(10_000), fused=False)
+    subject = bench.Subject(compressor, torch.randn(3 * 4096), fused=False)
     subject.residual.normal_()
     subject.encode()
     subject.decode()
-    target = subject.rows + subject.residual
+    tile = compressor.tile(torch.Size([3, 4096]))
+    target = compressor.transform_rows(subject.rows, tile) + subject.residual
     expected = compressor.compress_rows(target, torch.float32, subject.keys)
     assert all(torch.equal(part, other) for part, other in zip(subject.parts, expected, strict=True))
-    assert torch.equal(subject.out, compressor.decompress_rows(expected, target.shape[1], subject.keys))
-    assert torch.equal(subject.new_residual, target - subject.out)
+    arrives = compressor.decompress_rows(expected, target.shape[1], subject.keys)
+    assert torch.equal(subject.out, compressor.inverse_transform_rows(arrives, tile))
+    assert torch.equal(subject.new_residual, target - arrives)
     assert subject.out.any()
 
 

@@ -17,6 +17,7 @@ from gradwire.bench.errors import UsageError
 from gradwire.bench.optim_rivals import RIVALS, Candidate, Rival, candidates, missing, own_classes
 from gradwire.bench.optim_workload import CASES, QUICK_CASES, Workload, moved_bytes, peak_bytes, step_alone
 from gradwire.bench.timing import measure
+from gradwire.optim import DeMo
 
 PACKAGE = """
 import torch
@@ -123,6 +124,7 @@ def test_optimizers_share_weights_and_gradients() -> None:
         ("DiffGrad", torch.optim.AdamW, {"amsgrad": True}, 36),
         ("SGDP", torch.optim.SGD, {"momentum": 0.9}, 28),
         ("Adafactor", torch.optim.Adafactor, {}, 24),
+        ("DeMo", DeMo, {}, 20),  # its momentum is the communicator's
     ],
 )
 def test_bytes_that_a_step_must_move(algorithm: str, cls: Any, options: dict[str, Any], per_weight: int) -> None:

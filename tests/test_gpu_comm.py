@@ -62,6 +62,8 @@ def test_cuda_equals_cpu(case: CommunicatorCase) -> None:
     """To rounding; a sum in another order may move a few entries by a whole quantisation step."""
     ours, theirs = case.make(seed=3), case.make(seed=3)
     share, tolerance = (0.0, 1e-3) if "powersgd" in case.name else (2e-3, 1e-5)
+    if "dct" in case.name:  # a coefficient that is rounded to the next value moves its whole tile a little
+        share, tolerance = 0.02, 2e-2
     for step in range(4):
         on_cuda, on_cpu = _grads(step, "cuda"), _grads(step, "cpu")
         ours.average_(on_cuda, list(SHAPES))

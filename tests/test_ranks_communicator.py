@@ -76,7 +76,9 @@ def _average_all() -> dict[str, Means]:
 
 def _simulated(make: functools.partial, workers: int, world_size: int) -> list[list[Tensor]]:
     """The same communicator over simulated workers, each the mean of a node's ranks, in this process alone."""
-    communicator, steps = make(exchange=Simulated(workers)), []
+    made = make()
+    merge = made.exchange.merge if isinstance(made, Communicator) else "mean"
+    communicator, steps = make(exchange=Simulated(workers, merge)), []
     for step in range(STEPS):
         ranks = [_grads(step, rank) for rank in range(world_size)]
         nodes = [

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from gradwire.comm.feedback import StateTensor
 from gradwire.comm.row_matrix import RowMatrix
 from gradwire.comm.row_state import RowState
+from gradwire.compression.tiles import Tile
 
 SHAPES = [torch.Size(shape) for shape in ((3, 5), (), (0, 4), (2, 4), (17,))]
 NAMES = ["a.weight", "scale", "empty", "b.weight", "bias"]
@@ -25,7 +26,7 @@ def layout(
     dtype: torch.dtype = torch.float32,
 ) -> RowMatrix:
     members = list(range(len(names)))
-    return RowMatrix(names, shapes, members, dtype, width, shards=shards, workers=workers, device=torch.device("cpu"))
+    return RowMatrix(names, shapes, members, dtype, Tile(width), shards=shards, workers=workers, device=torch.device("cpu"))
 
 
 @given(

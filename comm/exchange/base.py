@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 from torch import Tensor
 
@@ -10,6 +11,9 @@ from gradwire.comm.collectives import Collectives
 from gradwire.comm.feedback.base import State, StateTensor
 from gradwire.comm.row_matrix import RowMatrix
 from gradwire.compression.base import Compressor
+
+Merge = Literal["mean", "contributors"]
+"""Over whom an entry is averaged: all ranks, or those alone that sent something other than zero there."""
 
 
 @dataclass
@@ -60,6 +64,9 @@ class Exchange(ABC):
     second: Compressor | None = None
     """The compressor of a second phase, if it differs from the first."""
 
+    merge: Merge = "mean"
+    """How what ranks sent becomes one."""
+
     feedback: bool = False
     """Whether the losses of a second compression are to be remembered."""
 
@@ -103,10 +110,21 @@ class Exchange(ABC):
         return estimates, bad
 
 
-def decompress_mean(compressor: Compressor, parts: Sequence[Tensor], width: int, keys: Tensor | None) -> Tensor:
+def decompress_mean(
+    compressor: Compressor, parts: Sequence[Tensor], width: int, keys: Tensor | None, merge: Merge = "mean"
+) -> Tensor:
     """Mean over ranks of `parts`, each `[n, rows, columns]`, added in rank order: `[rows, width]`."""
     size = parts[0].shape[0]
     total = compressor.decompress_rows(tuple(part[0] for part in parts), width, keys)
+    counts = (total != 0).to(total.dtype) if merge == "contributors" and size > 1 else None
     for rank in range(1, size):
-        total += compressor.decompress_rows(tuple(part[rank] for part in parts), width, keys)
+        compressor.add_rows_(total, tuple(part[rank] for part in parts), keys, counts=counts)
+    if counts is not None:
+        return total.div_(counts.clamp_(min=1))
     return total.div_(size) if size > 1 else total
+
+
+def check_merge(name: str, merge: Merge) -> None:
+    """Raise ValueError for an unknown rule."""
+    if merge not in ("mean", "contributors"):
+        raise ValueError(f"{name}: expected merge 'mean' or 'contributors', got merge={merge!r}.")

@@ -52,7 +52,7 @@ class Hierarchical(Exchange):
             raise ValueError(f"Hierarchical: expected across to be AllReduce, AllGather or TwoPhase, got {across!r}.")
         self.inside = inside
         self.across = across
-        self.second = across.second
+        self.second, self.merge = across.second, across.merge
 
     def __repr__(self) -> str:
         return f"Hierarchical(inside={self.inside}, across={self.across!r})"

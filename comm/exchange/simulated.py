@@ -5,7 +5,7 @@ from typing import final
 
 from torch import Tensor
 
-from gradwire.comm.exchange.base import Bundle, Exchange, Outcome, decompress_mean
+from gradwire.comm.exchange.base import Bundle, Exchange, Merge, Outcome, check_merge, decompress_mean
 from gradwire.compression.base import Compressor
 
 
@@ -19,6 +19,7 @@ class Simulated(Exchange):
 
     Args:
         workers: Number of simulated workers, >= 1.
+        merge: As in `AllGather`.
 
     Cost:
         One batched compression and n decompressions. Nothing is sent; `payload_bytes` counts all workers' payloads.
@@ -34,13 +35,14 @@ class Simulated(Exchange):
         None.
     """
 
-    def __init__(self, workers: int) -> None:
+    def __init__(self, workers: int, merge: Merge = "mean") -> None:
         if workers < 1:
             raise ValueError(f"Simulated: expected workers >= 1, got workers={workers}.")
-        self.workers = workers
+        check_merge("Simulated", merge)
+        self.workers, self.merge = workers, merge
 
     def __repr__(self) -> str:
-        return f"Simulated({self.workers})"
+        return f"Simulated({self.workers})" if self.merge == "mean" else f"Simulated({self.workers}, {self.merge!r})"
 
     def check(self, compressor: Compressor) -> None:
         """Any compressor will do."""
@@ -51,6 +53,6 @@ class Simulated(Exchange):
         for bundle in bundles:
             stacked = [part.view(self.workers, -1, part.shape[1]) for part in bundle.parts]
             shared = bundle.keys[: bundle.matrix.rows] if bundle.keys is not None else None
-            means.append(decompress_mean(compressor, stacked, bundle.matrix.width, shared))
+            means.append(decompress_mean(compressor, stacked, bundle.matrix.width, shared, self.merge))
             self.ranks.bytes.payload += sum(part.numel() * part.element_size() for part in bundle.parts)
         return Outcome(means, bad, [{} for _ in bundles])

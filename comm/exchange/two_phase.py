@@ -76,6 +76,11 @@ class TwoPhase(Exchange):
                 f"TwoPhase: expected a second compressor with rows of {compressor.row_width(shape)} entries like "
                 f"{compressor!r}, got {second!r} with {second.row_width(shape)}. Set its width, block or chunk."
             )
+        if not second.keeps_size:
+            raise ValueError(
+                f"TwoPhase: expected a second compressor that keeps sizes, got {second!r}. Set second, or use "
+                "AllGather."
+            )
         if second.randomness == "shared":
             raise ValueError(
                 f"TwoPhase: expected a second compressor without shared randomness, got {second!r}. Set second."
@@ -92,7 +97,7 @@ class TwoPhase(Exchange):
             if bundle.keys is not None:
                 keys = bundle.keys[bundle.matrix.block(self.ranks.rank)]
             target = decompress_mean(compressor, received, own.width, keys)
-            if not compressor.preserves_zero:
+            if not (compressor.preserves_zero or compressor.changes_basis):
                 own.clear_padding_(target)
             if self.feedback:
                 target += bundle.state["second_residual"]
@@ -101,7 +106,7 @@ class TwoPhase(Exchange):
             keys = None if keys is None else counter_rng.at_step(keys, counter_rng.fold("second"))
             if self.feedback:
                 made, sent = second.compress_rows_with_sent(target, own.dtype, keys)
-                if not second.preserves_zero:
+                if not (second.preserves_zero or compressor.changes_basis):
                     own.clear_padding_(sent)
                 states.append({"second_residual": target.sub_(sent)})
             else:

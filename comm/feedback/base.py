@@ -46,6 +46,9 @@ class ErrorFeedback(ABC):
     requires: ClassVar[Requirement] = "any"
     """What the mechanism needs of a compressor to converge."""
 
+    needs_mean: ClassVar[bool] = True
+    """Whether it is right only for the mean over all ranks of what they sent, in its size."""
+
     @abstractmethod
     def compensate(self, x: Tensor, state: State) -> Tensor:
         """What to compress now, for this rank's gradient rows `x`; a new tensor unless it is `x` itself."""

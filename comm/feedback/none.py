@@ -1,7 +1,7 @@
 """`NoFeedback`: what compression loses is lost."""
 
 from dataclasses import dataclass
-from typing import final
+from typing import ClassVar, final
 
 from torch import Tensor
 
@@ -28,6 +28,8 @@ class NoFeedback(ErrorFeedback):
     Reference:
         Alistarh, Grubic, Li, Tomioka, Vojnovic. QSGD. NeurIPS 2017. arXiv:1610.02132, algorithm 1.
     """
+
+    needs_mean: ClassVar[bool] = False
 
     def compensate(self, x: Tensor, state: State) -> Tensor:
         """The gradient itself."""

@@ -1,4 +1,4 @@
-"""Makes `adamp.npz`, `sgdp.npz`, `adabelief.npz`, `laprop.npz` and `diffgrad.npz`: other packages' optimizers.
+"""Makes `adamp.npz`, `sgdp.npz`, `adabelief.npz`, `laprop.npz`, `diffgrad.npz`, `lamb.npz`: other packages' optimizers.
 
 Each holds the weights after 50 steps in float64 of every run below, which tests/test_optimizer_oracles.py compares
 with ours. From PyPI, without dependencies, which would replace torch, and with JAX apart:
@@ -59,6 +59,7 @@ class Run:
 
 
 _TINY = (1e-8,)
+_TIMM_LAMB = {"max_grad_norm": None, "always_adapt": True}
 _FLOOR = "1e-15 under the root is a floor of 3e-8 below the denominator"
 
 RUNS: dict[str, list[Run]] = {
@@ -134,6 +135,28 @@ RUNS: dict[str, list[Run]] = {
         Run("torch_optimizer:DiffGrad", scales=_TINY),
         Run("pytorch_optimizer:DiffGrad", deviates=_FLOOR, scales=_TINY),
     ],
+    "LAMB": [
+        Run("timm.optim:Lamb", _TIMM_LAMB | {"weight_decay": 0.1}, {"weight_decay": 0.1}, scheduled=True),
+        Run(
+            "timm.optim:Lamb",
+            _TIMM_LAMB | {"weight_decay": 0.5, "trust_clip": True, "betas": (0.5, 0.99), "eps": 1e-4},
+            {"weight_decay": 0.5, "trust_clip": True, "betas": (0.5, 0.99), "eps": 1e-4},
+        ),
+        Run("timm.optim:Lamb", {"max_grad_norm": None, "weight_decay": 0.0}, {"adapt": False}),
+        Run(
+            "torch_optimizer:Lamb",
+            {"weight_decay": 0.1, "clamp_value": 3.0},
+            {"weight_decay": 0.1, "bias_correction": False, "norm_bounds": (0.0, 3.0)},
+        ),
+        Run(
+            "pytorch_optimizer:Lamb",
+            {"weight_decay": 0.1, "weight_decouple": False},
+            {"weight_decay": 0.1, "bias_correction": False, "norm_bounds": (0.0, 10.0)},
+            deviates="adds eps to the norm of the step, too",
+        ),
+        Run("optax:lamb", {"weight_decay": 0.1}, {"weight_decay": 0.1}),
+        Run("optax:lamb", {"weight_decay": 0.1}, {"weight_decay": 0.1}, scales=_TINY),
+    ],
 }
 
 
@@ -171,12 +194,15 @@ class _Optax:
         self.as_array = jax.numpy.asarray
         self.params, self.param_groups = params, [{"lr": lr}]
         self.optimizer = getattr(self.optax, name)(lr, **kwargs)
-        self.state = self.optimizer.init([self.as_array(p.detach().numpy()) for p in params])
+        self.state = self.optimizer.init(self._weights())
+
+    def _weights(self) -> list[Any]:
+        return [self.as_array(p.detach().numpy()) for p in self.params]
 
     def step(self) -> None:
         assert self.param_groups[0]["lr"] == LR, "optax takes schedules another way"
         grads = [self.as_array(p.grad.numpy()) for p in self.params]
-        updates, self.state = self.optimizer.update(grads, self.state)
+        updates, self.state = self.optimizer.update(grads, self.state, self._weights())
         for p, u in zip(self.params, updates, strict=True):
             p.data += torch.tensor(np.asarray(u))
 

@@ -41,3 +41,19 @@ def ef21(grads: Array, compress: Map) -> tuple[Array, dict[str, Array]]:
             tracked[i] = tracked[i] + compress(g - tracked[i])
         estimates.append(tracked.mean(axis=0))
     return np.stack(estimates), {"local": tracked, "mean": tracked.mean(axis=0, keepdims=True)}
+
+
+def decoupled_momentum(
+    grads: Array, compress: Map, decay: float, alpha: float = 1.0, ema: bool = False
+) -> tuple[Array, dict[str, Array]]:
+    """DeMo's momentum with n workers (Peng et al. 2024, algorithm 1), with the alpha and average of its second version."""
+    momentum = np.zeros_like(grads[0])
+    estimates = []
+    for step in grads:
+        sent = np.zeros_like(momentum)
+        for i, g in enumerate(step):
+            momentum[i] = decay * momentum[i] + (1 - decay if ema else 1) * g
+            sent[i] = compress(momentum[i])
+            momentum[i] = momentum[i] - alpha * sent[i]
+        estimates.append(sent.mean(axis=0))
+    return np.stack(estimates), {"momentum_buffer": momentum}

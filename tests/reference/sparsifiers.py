@@ -24,6 +24,16 @@ def top_k(x: Array, k: int | None = None, ratio: float | None = None) -> Array:
     return kept
 
 
+def top_k_of_tile(x: Array, k: int, chunk: int) -> Array:
+    """Of rows narrower than chunk^2, keep the same share, rounded up."""
+    return top_k(x, k=int(np.ceil(k * x.shape[1] / chunk**2)))
+
+
+def top_k_signs(x: Array, k: int, chunk: int) -> Array:
+    """The signs of what is kept."""
+    return np.sign(top_k_of_tile(x, k, chunk))
+
+
 def random_bits(keys: Keys, counters: NDArray[np.integer]) -> NDArray[np.uint32]:
     """32 random bits for each key and counter, in wrapping 32-bit arithmetic."""
 

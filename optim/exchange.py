@@ -1,0 +1,102 @@
+"""`ExchangedGradients`: copies of local gradients that an optimizer averages by itself, bucket by bucket."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import final
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from gradwire.comm import Communicator
+from gradwire.compression.base import compute_dtype
+from gradwire.optim.layout import local
+
+
+@final
+class ExchangedGradients:
+    """One buffer per parameter, in float32 or wider, and the order in which they are averaged.
+
+    Buckets hold either what the plan compresses or what it sends dense, so each is one collective.
+
+    Args:
+        params: Parameters by name, on every rank the same; of a `DTensor`, this process's shard counts.
+        communicator: What averages them.
+        bucket_bytes: Most bytes of a bucket, unless one parameter alone has more.
+    """
+
+    def __init__(self, params: Mapping[str, Tensor], communicator: Communicator, bucket_bytes: int) -> None:
+        self._communicator = communicator
+        self.buffers = {
+            p: torch.zeros_like(local(p.detach()), dtype=compute_dtype(p.dtype), memory_format=torch.contiguous_format)
+            for p in params.values()
+        }
+        why_dense = {name: communicator.plan.why_dense(name, self.buffers[p].shape) for name, p in params.items()}
+        self.dense = {p for name, p in params.items() if why_dense[name] is not None}
+        self.buckets: list[tuple[list[str], list[Tensor]]] = []
+        for dense in (False, True):
+            size, last = 0, None
+            for name, p in params.items():
+                buffer = self.buffers[p]
+                if (p in self.dense) is not dense or buffer.numel() == 0:
+                    continue
+                nbytes = buffer.numel() * buffer.element_size()
+                if last != buffer.device or size + nbytes > bucket_bytes:
+                    self.buckets.append(([], []))
+                    size, last = 0, buffer.device
+                self.buckets[-1][0].append(name)
+                self.buckets[-1][1].append(buffer)
+                size += nbytes
+
+    def take(self, params: Sequence[Tensor], factor: Tensor | float) -> None:
+        """Copy gradients times `factor` into the buffers; zero where there is none."""
+        with_grad = [p for p in params if p.grad is not None]
+        for p in params:
+            if p.grad is None:
+                self.buffers[p].zero_()
+            elif p.grad.layout != torch.strided:
+                raise RuntimeError(
+                    f"DeMo: expected dense gradients, got {p.grad.layout} for a parameter of shape {tuple(p.shape)}. "
+                    "Use sparse=False in its layer."
+                )
+        if not with_grad:
+            return
+        buffers = [self.buffers[p] for p in with_grad]
+        torch._foreach_copy_(buffers, [local(p.grad) for p in with_grad if p.grad is not None])
+        if not (isinstance(factor, float) and factor == 1.0):
+            torch._foreach_mul_(buffers, factor)
+
+    def average(self) -> None:
+        """Replace what the buffers hold by its average over ranks; one step of the communicator."""
+        for i, (names, buffers) in enumerate(self.buckets, start=1):
+            self._communicator.average_(buffers, names, last=i == len(self.buckets))
+
+    def read_state(self, name: str, into: Mapping[Tensor, Tensor]) -> None:
+        """Copy a state of the communicator's feedback into one tensor per parameter; zero for what is sent dense."""
+        owners = {buffer.data_ptr(): p for p, buffer in self.buffers.items()}
+        for names, buffers in self.buckets:
+            self._communicator.read_state(name, [into[owners[buffer.data_ptr()]] for buffer in buffers], names)
+
+
+def check_shards(params: Iterable[Tensor], *, group_given: bool, whole: bool) -> None:
+    """Raise ValueError where sharded parameters cannot be exchanged: each rank must do so with its peers.
+
+    Args:
+        params: Of which the `DTensor`s are looked at.
+        group_given: Whether the user named the ranks that exchange.
+        whole: Whether the update needs whole matrices.
+    """
+    for p in params:
+        if not isinstance(p, DTensor):
+            continue
+        if not group_given:
+            raise ValueError(
+                "DeMo: expected the group across which sharded parameters are replicated, got group=None. "
+                "Give group=mesh['replicate'].get_group()."
+            )
+        if any(placement.is_replicate() for placement in p.placements):
+            raise ValueError(
+                f"DeMo: expected parameters that are only sharded, got placements {p.placements}, whose gradients "
+                "are averaged already. Give fully_shard mesh['shard'] alone."
+            )
+        if whole:
+            raise ValueError("DeMo: expected base='sign' or 'identity' on shards, got base='orthogonalized'.")

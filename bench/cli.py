@@ -25,7 +25,7 @@ bench = typer.Typer(help="Measure, and keep what was measured.", no_args_is_help
 app.add_typer(bench, name="bench")
 
 _MODEL, _GRADIENTS, _OUTPUT = "Model and data", "Gradients and weights", "Output"
-_VARIADIC = ("--compare", "--data", "--optimizers", "--lrs")
+_VARIADIC = ("--compare", "--data", "--optimizers", "--lrs", "--methods", "--world-sizes", "--problems")
 
 
 @app.command()
@@ -34,7 +34,8 @@ def train(
     optimizer: Annotated[
         str,
         typer.Option(
-            help='A class of gradwire.optim or torch.optim: adamp, "SGD(lr=0.1)".', rich_help_panel=_GRADIENTS
+            help='A class of gradwire.optim or torch.optim: adamp, "SGD(lr=0.1)", "DeMo(k=8)".',
+            rich_help_panel=_GRADIENTS,
         ),
     ] = "AdamW",
     compressor: Annotated[
@@ -114,7 +115,7 @@ def train(
 
     terms = {"compressor": compressor, "feedback": feedback, "exchange": exchange, "communicator": communicator}
     values = {
-        "configuration": specs.join({family: text for family, text in terms.items() if text is not None}),
+        "configuration": specs.join({family: text for family, text in terms.items() if text is not None}, optimizer),
         "optimizer": optimizer,
         "layers": layers,
         "width": width,
@@ -155,7 +156,7 @@ def report(
     results: Annotated[Path, typer.Option(help="The folder of kept results.")] = Path("bench/results"),
 ) -> None:
     """Make the README's tables and figures from the kept results; --check exits with 1 where they differ."""
-    from gradwire.bench.plots import plot_sweep, stale
+    from gradwire.bench.plots import stale
     from gradwire.bench.report import fill
 
     if not readme.is_file():
@@ -165,9 +166,9 @@ def report(
     figures = stale(after, results, readme.parent)
     if write:
         readme.write_text(after)
-        for path, content in figures.items():
+        for path, draw in figures.items():
             path.parent.mkdir(parents=True, exist_ok=True)
-            plot_sweep(content, path)
+            draw()
     elif before != after or figures:
         differing = [*[readme] * (before != after), *figures]
         print(f"{', '.join(map(str, differing))}: not of {results}. Run `gradwire report --write`.")
@@ -206,6 +207,9 @@ def optim(
     compile_times: Annotated[
         bool, typer.Option("--compile-times", help="First steps on gpt2, in processes of their own: minutes.")
     ] = False,
+    training: Annotated[
+        bool, typer.Option("--training", help="Whole training steps of 65,536 and 4,096 tokens, too: minutes.")
+    ] = False,
     quick: Annotated[bool, typer.Option("--quick", help="Tiny tensors: to see that it works.")] = False,
     output: Annotated[Path | None, typer.Option(help="Write JSON here, and a figure beside it.")] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
@@ -214,7 +218,8 @@ def optim(
     """Step time of every optimizer, against torch's fused AdamW and a memory copy."""
     from gradwire.bench.optim import main as measure
 
-    options = {"rivals": rivals, "fused": fused, "memory": memory, "compile_times": compile_times, "quick": quick}
+    parts = {"rivals": rivals, "fused": fused, "memory": memory, "compile_times": compile_times, "training": training}
+    options = parts | {"quick": quick}
     if not measure(case or (), optimizer or (), output=output, device=device, threads=threads, **options):
         raise typer.Exit(1)
 
@@ -247,6 +252,61 @@ def sweep(
 
     counts: dict[str, Any] = {"steps": steps, "seeds": seeds, "workers": workers}
     run(optimizers or (), lrs or (), **counts, quick=quick, output=output, figure=figure)
+
+
+@bench.command()
+def exchange(
+    methods: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="TEXT ...",
+            help='The baseline first: "dense + AdamW" "DeMo(k=32)" …; these two, PowerSGD, EF21 and more otherwise.',
+        ),
+    ] = None,
+    world_sizes: Annotated[
+        list[int] | None, typer.Option(metavar="INT ...", help="Numbers of ranks; 2 4 otherwise.")
+    ] = None,
+    lrs: Annotated[
+        list[float] | None, typer.Option(metavar="FLOAT ...", help="The grid; 0.001 0.002 … 0.016 otherwise.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Of each run; 500 otherwise.")] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Runs of each, with seeds 0, 1, …; means are compared.")] = 1,
+    quick: Annotated[bool, typer.Option("--quick", help="A tiny model and few steps: to see that it works.")] = False,
+    output: Annotated[
+        Path | None, typer.Option(help="Write JSON here, run by run; runs that it holds are not repeated.")
+    ] = None,
+    figure: Annotated[Path | None, typer.Option(help="Draw PNG here; beside the JSON otherwise.")] = None,
+) -> None:
+    """Validation loss over bytes sent, methods tuned by one sweep, real processes."""
+    from gradwire.bench.exchange import main as run
+
+    counts: dict[str, Any] = {"world_sizes": world_sizes or (), "steps": steps, "seeds": seeds}
+    run(methods or (), lrs or (), **counts, quick=quick, output=output, figure=figure)
+
+
+@bench.command()
+def curvature(
+    problems: Annotated[
+        list[str] | None, typer.Option(metavar="TEXT ...", help="Of digits text; both otherwise.")
+    ] = None,
+    methods: Annotated[
+        list[str] | None,
+        typer.Option(metavar="TEXT ...", help='Some of those in the table: "MKOR(SGD)" AdamW …; all otherwise.'),
+    ] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Runs of each, with seeds 0, 1, …; means are compared.")] = 3,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Processes of one thread each; one per core otherwise.")
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="A few steps: to see that it works.")] = False,
+    output: Annotated[
+        Path | None, typer.Option(help="Write JSON here, run by run; runs that it holds are not repeated.")
+    ] = None,
+    figure: Annotated[Path | None, typer.Option(help="Draw PNG here; beside the JSON otherwise.")] = None,
+) -> None:
+    """Steps to a fixed loss with MKOR, its bases, K-FAC, LAMB and AdamW, and the time of a step."""
+    from gradwire.bench.curvature import main as run
+
+    run(problems or (), methods or (), seeds=seeds, workers=workers, quick=quick, output=output, figure=figure)
 
 
 @app.callback(invoke_without_command=True)

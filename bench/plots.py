@@ -1,7 +1,8 @@
 """Plots of loss over steps, over bytes sent and over seconds; of the optimizers' step times, and of their losses."""
 
+import functools
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 from PIL import Image  # comes with matplotlib
 
-from gradwire.bench.report import FIGURES, optim_rows, sweep_rows, sweep_section
+from gradwire.bench.exchange_table import exchange_rows, exchange_section
+from gradwire.bench.report import FIGURES, SECTIONS, optim_rows, sweep_rows, sweep_section
 from gradwire.bench.runs import Record
 
 # Okabe and Ito's palette: told apart by readers with any colour vision; a ninth run begins again, dashed.
@@ -137,17 +139,62 @@ def plot_sweep(results: Mapping[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=150, metadata={"Description": sweep_section(results)})
 
 
-def stale(text: str, results: Path, root: Path) -> dict[Path, Mapping[str, Any]]:
-    """The pictures that a README shows and that are missing or drawn from other results, with those kept.
+def plot_exchange(results: Mapping[str, Any], path: Path) -> None:
+    """Losses of `gradwire bench exchange` over bytes sent, each method at its best rate, one panel per world size.
+
+    A PNG whose description is `exchange_section(results)`, so that it is known which results the picture shows.
+    """
+    rows, options, world_sizes = exchange_rows(results), results["options"], results["world_sizes"]
+    figure = Figure(figsize=(1 + 5 * len(world_sizes), 4.4 + 0.11 * len(results["methods"])), layout="constrained")
+    panels = figure.subplots(1, len(world_sizes), sharey=True, squeeze=False)[0]
+    lines = {}
+    for axis, world_size in zip(panels, world_sizes, strict=True):
+        for row in (row for row in rows if row.world_size == world_size):
+            number = results["methods"].index(row.method)
+            style: dict[str, Any] = {"color": _COLOURS[number % len(_COLOURS)], "linewidth": 1.5}
+            style["linestyle"] = "-" if number < len(_COLOURS) else "--"
+            style |= {"marker": _MARKERS[number % len(_MARKERS)], "markersize": 4}
+            x, y = _columns(row.curve)
+            (lines[row.method],) = axis.plot([sent / 1e6 for sent in x], y, label=row.method, **style)
+            if row.curve:
+                axis.annotate(f" {y[-1]:.3f}", (x[-1] / 1e6, y[-1]), fontsize=8, va="top", color=style["color"])
+        axis.set(xscale="log", xlabel="MB sent per rank")
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.set_title(f"{world_size} ranks", fontsize=10)
+        axis.grid(color="#E5E5E5", linewidth=0.8)
+        axis.spines[["top", "right"]].set_visible(False)
+    panels[0].set_ylabel("validation loss (nats per byte)")
+    known = [row.curve for row in rows if row.curve]
+    if known:
+        low, high = min(curve[-1][1] for curve in known), max(curve[min(1, len(curve) - 1)][1] for curve in known)
+        panels[0].set_ylim(0.95 * low, 1.02 * high)
+    figure.suptitle(
+        f"A transformer of {results['parameters'] / 1e6:.2f} M parameters, {options['steps']} steps of "
+        f"{options['global_batch'] * options['context']} bytes of the {results['data']['name']}, best learning rates",
+        fontsize=11,
+    )
+    figure.legend(handles=list(lines.values()), loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+    figure.savefig(path, dpi=150, metadata={"Description": exchange_section(results)})
+
+
+_DRAWN: Mapping[str, Callable[[Mapping[str, Any], Path], None]] = {"sweep": plot_sweep, "exchange": plot_exchange}
+
+
+def stale(text: str, results: Path, root: Path) -> dict[Path, Callable[[], None]]:
+    """The pictures that a README shows and that are missing or drawn from other results, with what draws each anew.
 
     Args:
         text: The README's.
         results: The folder of kept results.
         root: The README's folder.
     """
-    shown = {root / place: results / f"{name}.json" for place, name in FIGURES.items() if place in text}
-    kept: dict[Path, Mapping[str, Any]] = {figure: json.loads(path.read_text()) for figure, path in shown.items()}
-    return {figure: content for figure, content in kept.items() if _description(figure) != sweep_section(content)}
+    found: dict[Path, Callable[[], None]] = {}
+    for place, name in FIGURES.items():
+        if place in text:
+            figure, content = root / place, json.loads((results / f"{name}.json").read_text())
+            if _description(figure) != SECTIONS[name](content):
+                found[figure] = functools.partial(_DRAWN[name], content, figure)
+    return found
 
 
 def _description(path: Path) -> str | None:

@@ -2,14 +2,16 @@
 
 import json
 import re
-import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gradwire.bench.curvature_table import curvature_section
 from gradwire.bench.errors import UsageError
+from gradwire.bench.exchange_table import exchange_section
 from gradwire.bench.progress import size
+from gradwire.bench.tuning import check_finished, seeds_in_words, tune
 
 COLUMNS = ("Configuration", "Validation loss", "Difference", "Bytes per step", "Compression", "Seconds")
 OPTIM_COLUMNS = (
@@ -24,7 +26,7 @@ OPTIM_COLUMNS = (
     "Other packages",
 )
 SWEEP_COLUMNS = ("Optimizer", "Best learning rate", "Validation loss", "Difference")
-FIGURES = {"docs/optimizers.png": "sweep"}
+FIGURES = {"docs/optimizers.png": "sweep", "docs/loss-over-bytes.png": "exchange"}
 """Pictures that the README may show, and the results that they are drawn from."""
 
 
@@ -163,29 +165,14 @@ def sweep_rows(results: Mapping[str, Any]) -> list[SweepRow]:
     """
     lrs, seeds = results["lrs"], results["seeds"]
     runs = {(run["optimizer"], run["lr"], run["seed"]): run for run in results["runs"]}
-    total = len(results["optimizers"]) * len(lrs) * len(seeds)
-    if len(runs) < total:
-        raise UsageError(f"report: expected a finished sweep, got {len(runs)} of {total} runs. Start it again.")
+    check_finished("sweep", len(runs), len(results["optimizers"]) * len(lrs) * len(seeds))
     rows: list[SweepRow] = []
     for optimizer in results["optimizers"]:
-        at = {lr: [runs[optimizer, lr, seed] for seed in seeds] for lr in lrs}
-        losses = {lr: _mean([run["validation_loss"] for run in some]) for lr, some in at.items()}
-        known = {lr: loss for lr, loss in losses.items() if loss is not None}
-        lr = min(known, key=known.__getitem__, default=None)
-        if lr is None:
-            rows.append(SweepRow(optimizer, losses, None, None, None, False, ()))
-            continue
-        base = rows[0].loss if rows else known[lr]
-        points = zip(*(run["curve"] for run in at[lr]), strict=True)
-        curve = [(point[0]["step"], statistics.mean(one["validation_loss"] for one in point)) for point in points]
-        difference = None if base is None else known[lr] - base
-        rows.append(SweepRow(optimizer, losses, lr, known[lr], difference, lr in (lrs[0], lrs[-1]), curve))
+        best = tune({(lr, seed): runs[optimizer, lr, seed] for lr in lrs for seed in seeds}, lrs, seeds)
+        base = rows[0].loss if rows else best.loss
+        difference = None if base is None or best.loss is None else best.loss - base
+        rows.append(SweepRow(optimizer, best.losses, best.lr, best.loss, difference, best.edge, best.curve("step")))
     return rows
-
-
-def _mean(losses: Sequence[float | None]) -> float | None:
-    known = [loss for loss in losses if loss is not None]
-    return statistics.mean(known) if len(known) == len(losses) else None
 
 
 def sweep_section(results: Mapping[str, Any]) -> str:
@@ -204,12 +191,11 @@ def sweep_section(results: Mapping[str, Any]) -> str:
             cells = [f"{row.lr:g}{' (edge of the grid)' if row.edge else ''}", f"{row.loss:.3f}", difference]
         lines.append("| " + " | ".join([f"`{row.optimizer}`", *cells]) + " |")
     tokens = options["batch"] * options["context"]
-    seeds = results["seeds"]
     return (
         "\n".join(lines) + "\n\n"
         f"Nats per byte on held-out text of the {results['data']['name']}; a transformer of "
         f"{results['parameters'] / 1e6:.2f} M parameters, {options['steps']} steps of {tokens} bytes, "
-        f"{'seed 0' if len(seeds) == 1 else f'the mean over seeds 0 to {seeds[-1]}'}. The same sweep for each: peak "
+        f"{seeds_in_words(results['seeds'])}. The same sweep for each: peak "
         f"learning rates {', '.join(f'{lr:g}' for lr in results['lrs'])}, reached after a warm-up of "
         f"{options['warmup']:.0%} of the steps and brought down to zero by a cosine; all else as by default; the rate "
         f"with the least final loss counts. torch {machine['torch']}, {machine['date'][:10]}. Made by "
@@ -217,11 +203,14 @@ def sweep_section(results: Mapping[str, Any]) -> str:
     )
 
 
-_SECTIONS: dict[str, Callable[[Mapping[str, Any]], str]] = {
+SECTIONS: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "train": train_section,
     "optim": optim_section,
     "sweep": sweep_section,
+    "exchange": exchange_section,
+    "curvature": curvature_section,
 }
+"""What the README shows of each result."""
 
 
 def fill(text: str, results: Path) -> str:
@@ -236,10 +225,10 @@ def fill(text: str, results: Path) -> str:
 
     def section(match: re.Match[str]) -> str:
         name, path = match[2], results / f"{match[2]}.json"
-        if name not in _SECTIONS:
-            raise UsageError(f"report: unknown results {name!r}. There is {', '.join(_SECTIONS)}.")
+        if name not in SECTIONS:
+            raise UsageError(f"report: unknown results {name!r}. There is {', '.join(SECTIONS)}.")
         if not path.is_file():
             raise UsageError(f"report: expected results in {path}, found no such file.")
-        return f"{match[1]}{_SECTIONS[name](json.loads(path.read_text()))}\n{match[3]}"
+        return f"{match[1]}{SECTIONS[name](json.loads(path.read_text()))}\n{match[3]}"
 
     return pattern.sub(section, text)

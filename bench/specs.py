@@ -69,9 +69,11 @@ class Configuration:
         return _communicator(self.terms, seed)
 
     def optimizer(
-        self, named_parameters: Iterable[tuple[str, Tensor]], default: str = "AdamW", *, lr: float
+        self, named_parameters: Iterable[tuple[str, Tensor]], default: str = "AdamW", *, lr: float, seed: int = 0
     ) -> torch.optim.Optimizer:
         """A new optimizer: `default` unless the configuration names one, with this `lr` unless its term gives one.
+
+        One that draws random numbers of its own gets the `seed`, again unless its term gives one.
 
         Raises:
             UsageError: a name or value is wrong.
@@ -81,6 +83,8 @@ class Configuration:
         args, keywords = _arguments(term, 0)
         if args:
             raise UsageError(f"{cls.__name__}: expected named values such as lr=1e-3, got {args[0]!r}.")
+        if "seed" in inspect.signature(cls).parameters:
+            keywords.setdefault("seed", seed)
         made = _call(cls, [named_parameters], {"lr": lr, **keywords})
         assert isinstance(made, torch.optim.Optimizer)
         return made
@@ -98,24 +102,56 @@ def parse(text: str, optimizer: str = "AdamW") -> Configuration:
     """
     configuration = Configuration(text, _terms(_tree(text), tuple(catalogue())))
     configuration.communicator(seed=0)
-    configuration.optimizer([("probe", torch.nn.Parameter(torch.zeros(1)))], optimizer, lr=1.0)
+    made = _probe(configuration, optimizer)
+    if own_communicator(made) is not None and configuration.terms.keys() - {"optimizer"}:
+        name = type(made).__name__
+        raise UsageError(
+            f"{name}: expected no compressor, feedback or exchange beside it, since it exchanges gradients by itself, "
+            f"got {text!r}. Write {name} alone, or name another optimizer: 'dense + AdamW'."
+        )
     return configuration
 
 
-def join(terms: Mapping[str, str]) -> str:
-    """One configuration from texts by family, each checked to be of its family; `dense` from none.
+def join(terms: Mapping[str, str], optimizer: str = "AdamW") -> str:
+    """One configuration from texts by family, each checked to be of its family.
+
+    From none it is `dense`, or the optimizer alone where that exchanges gradients by itself.
 
     Raises:
         UsageError: a name is unknown in its family.
     """
     for family, text in terms.items():
         _find(_tree(text), (family,))
-    return " + ".join(terms.values()) or DENSE
+    return " + ".join(terms.values()) or (optimizer if exchanges_itself(optimizer) else DENSE)
+
+
+def own_communicator(optimizer: torch.optim.Optimizer) -> Averager | None:
+    """What an optimizer that brings the gradients of all ranks together by itself does it with, else None.
+
+    Such an optimizer has it as its attribute `communicator`, takes local gradients, and skips a step on every rank if a
+    gradient is not finite on any.
+    """
+    found = getattr(optimizer, "communicator", None)
+    return found if isinstance(found, Averager) else None
+
+
+def exchanges_itself(optimizer: str) -> bool:
+    """Whether the optimizer of this text has a communicator of its own.
+
+    Raises:
+        UsageError: a name or value is wrong.
+    """
+    return own_communicator(_probe(Configuration("", {}), optimizer)) is not None
 
 
 def expand(texts: Iterable[str]) -> list[str]:
     """The configurations with `default` replaced by `DEFAULTS`, each once."""
     return list(dict.fromkeys(one for text in texts for one in (DEFAULTS if text == "default" else (text,))))
+
+
+def _probe(configuration: Configuration, optimizer: str) -> torch.optim.Optimizer:
+    """The optimizer of a configuration, on one small parameter."""
+    return configuration.optimizer([("probe", torch.nn.Parameter(torch.zeros(1)))], optimizer, lr=1.0)
 
 
 def _tree(text: str) -> ast.expr:
@@ -130,7 +166,7 @@ def _tree(text: str) -> ast.expr:
 def catalogue() -> Mapping[str, Mapping[str, type]]:
     """Every public class that a term may name, by family and name."""
     return {
-        "optimizer": _public(torch.optim.Optimizer, torch.optim, optim),
+        "optimizer": _of_parameters_alone(_public(torch.optim.Optimizer, torch.optim, optim)),
         "compressor": _public(Compressor, compression),
         "feedback": _public(ErrorFeedback, comm),
         "exchange": _public(Exchange, comm),
@@ -146,6 +182,14 @@ def _public(base: type, *modules: ModuleType) -> dict[str, type]:
         for name, value in sorted(named.items())
         if isinstance(value, type) and issubclass(value, base) and value is not base and not inspect.isabstract(value)
     }
+
+
+def _of_parameters_alone(classes: dict[str, type]) -> dict[str, type]:
+    """Those that can be made from a text: they need nothing but parameters, such as no model."""
+    signatures = {name: inspect.signature(cls).parameters.values() for name, cls in classes.items()}
+    needed = {name: [p.name for p in taken if p.default is p.empty and p.kind is not p.VAR_KEYWORD]
+              for name, taken in signatures.items()}  # fmt: skip
+    return {name: cls for name, cls in classes.items() if needed[name] == ["params"]}
 
 
 def _terms(tree: ast.expr, families: tuple[str, ...]) -> dict[str, ast.expr]:

@@ -1,36 +1,26 @@
 """`gradwire bench sweep`: every optimizer trained at each learning rate of one grid, its best run beside the others'.
 
-A run is that of `gradwire train`, alone in a process with one thread. So its result depends neither on the order of the
-runs nor on how many of them go on at once.
+A run is that of `gradwire train`, alone in a process with one thread.
 """
 
-import contextlib
-import json
-import math
-import multiprocessing
 import os
-import signal
-import time
-from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
-from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from gradwire.bench import data, machine, specs
 from gradwire.bench.errors import UsageError
-from gradwire.bench.launch import process_group
+from gradwire.bench.grid import Grid, check_alone, check_lrs, train_to_the_end
 from gradwire.bench.model import ByteTransformer, num_parameters
 from gradwire.bench.report import sweep_rows
-from gradwire.bench.runs import Record, write_json
+from gradwire.bench.runs import Record
+from gradwire.bench.teams import deal
 from gradwire.bench.train import Options, Trainer
 
 if TYPE_CHECKING:
-    from rich.console import Console
     from rich.table import Table
 
 LRS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
@@ -60,19 +50,16 @@ OPTIONS = Options(
 QUICK_LRS = (0.003, 0.03)
 QUICK_OPTIONS = replace(OPTIONS, layers=1, width=16, heads=1, context=16, batch=2, steps=4, eval_every=2)
 
-DIVERGED = 2.0
-"""A run ends early when its loss is not finite or this many times the first step's."""
-
 _ARGUMENTS = {"SGDP": "SGDP(momentum=0.9)"}  # as SGD is used; else the defaults
+_PROBE = 0.123
 _KEYS = ("optimizer", "lr", "seed")
-_CONSOLE_WIDTH = 100
 
 
 def default_optimizers() -> list[str]:
-    """AdamW of torch, and every optimizer of gradwire."""
+    """AdamW of torch, and every optimizer of gradwire that leaves the exchange of gradients to others."""
     known = specs.catalogue()["optimizer"].items()
     ours = [_ARGUMENTS.get(name, name) for name, cls in known if cls.__module__.startswith("gradwire.")]
-    return list(dict.fromkeys(["AdamW", *ours]))
+    return list(dict.fromkeys(["AdamW", *(text for text in ours if not specs.exchanges_itself(text))]))
 
 
 def main(
@@ -101,10 +88,7 @@ def main(
     Raises:
         UsageError: A value is wrong, or `output` holds something else.
     """
-    from rich.console import Console
-
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UsageError("bench sweep: expected one process, without torchrun; it starts --workers of its own.")
+    check_alone("bench sweep")
     base = QUICK_OPTIONS if quick else OPTIONS
     if steps is not None:
         base = replace(base, steps=steps, eval_every=max(1, steps // 10))
@@ -119,57 +103,19 @@ def main(
     ]
     workers = workers or os.cpu_count() or 1
     kept = _kept(base, optimizers, lrs, seeds, workers)
-    if output is not None and output.exists():
-        kept["runs"] = _finished(output, kept, tasks)
-    console = Console()
-    if not console.is_terminal:  # a file has no width; the table has
-        console = Console(width=_CONSOLE_WIDTH)
-    if kept["runs"]:
-        console.print(f"{len(kept['runs'])} of {len(tasks)} runs are taken from {output}: remove it to repeat them")
-    try:
-        _train_missing(kept, tasks, workers, output, console)
-    except KeyboardInterrupt:
-        if output is not None:
-            console.print(f"{len(kept['runs'])} of {len(tasks)} runs are in {output}: the same command goes on there")
-        raise
-    console.print(table(kept))
-    if output is not None:
+
+    def plot(kept: Record, path: Path) -> None:
         from gradwire.bench.plots import plot_sweep
 
-        figure = figure or output.with_suffix(".png")
-        figure.parent.mkdir(parents=True, exist_ok=True)
-        plot_sweep(kept, figure)
-        console.print(f"written to {output} and drawn in {figure}", markup=False)
+        plot_sweep(kept, path)
+
+    grid = Grid("sweep", kept, _KEYS, {_key(task): task for task in tasks}, _title)
+    grid.run(lambda missing: _trained(missing, workers), table=table, plot=plot, output=output, figure=figure)
 
 
 def train_once(options: Options, corpus: data.Corpus, device: torch.device) -> Record:
     """One run: its losses at every evaluation, and whether it diverged."""
-    trainer = Trainer(options, corpus, device)
-    start = time.perf_counter()
-    curve: list[Record] = []
-    losses: list[Tensor] = []
-    limit = math.inf
-    diverged = False
-    for step in range(1, options.steps + 1):
-        losses.append(trainer.step(step - 1))
-        if step % options.eval_every and step < options.steps:
-            continue
-        if not curve:
-            limit = DIVERGED * float(losses[0])
-        found = {"train_loss": trainer.mean_over_ranks(losses), "validation_loss": trainer.evaluate()}
-        losses.clear()
-        curve.append({"step": step} | {name: round(loss, 5) for name, loss in found.items()})
-        diverged = not all(loss <= limit for loss in found.values())  # NaN is not
-        if diverged:
-            break
-    return {
-        **{key: getattr(options, key) for key in _KEYS},
-        "validation_loss": None if diverged else curve[-1]["validation_loss"],
-        "diverged": diverged,
-        "skipped_steps": trainer.communicator.stats.skipped,
-        "seconds": round(time.perf_counter() - start, 2),
-        "curve": curve,
-    }
+    return dict(zip(_KEYS, _key(options), strict=True)) | train_to_the_end(Trainer(options, corpus, device))
 
 
 def table(kept: Record) -> "Table":
@@ -200,15 +146,24 @@ def table(kept: Record) -> "Table":
 
 def _check(optimizers: Sequence[str], lrs: Sequence[float], base: Options) -> None:
     """Try everything out, so that every mistake shows before anything is trained."""
-    for lr in lrs:
-        if not 0 < lr < math.inf:
-            raise UsageError(f"--lrs: expected learning rates > 0, got {lr}.")
-    model = ByteTransformer(base.layers, base.width, base.heads)
-    probe = 0.123
+    check_lrs(lrs)
     for text in optimizers:
-        made = specs.parse(base.configuration, text).optimizer(model.named_parameters(), text, lr=probe)
-        if any(group["lr"] != probe for group in made.param_groups):
-            raise UsageError(f"--optimizers: expected no lr, which is what differs between runs, got {text!r}.")
+        check_takes_lr("--optimizers", text, replace(base, optimizer=text))
+
+
+def check_takes_lr(option: str, text: str, options: Options) -> None:
+    """Raise UsageError unless the optimizer of these options can be made and leaves its learning rate open.
+
+    Args:
+        option: Where the user has written it.
+        text: What the user has written there.
+        options: A run with it.
+    """
+    model = ByteTransformer(options.layers, options.width, options.heads)
+    configuration = specs.parse(options.configuration, options.optimizer)
+    made = configuration.optimizer(model.named_parameters(), options.optimizer, lr=_PROBE)
+    if any(group["lr"] != _PROBE for group in made.param_groups):
+        raise UsageError(f"{option}: expected no lr, which is what differs between runs, got {text!r}.")
 
 
 def _kept(base: Options, optimizers: Sequence[str], lrs: Sequence[float], seeds: int, workers: int) -> Record:
@@ -228,108 +183,13 @@ def _kept(base: Options, optimizers: Sequence[str], lrs: Sequence[float], seeds:
     }
 
 
-def _finished(output: Path, kept: Record, tasks: Sequence[Options]) -> list[Record]:
-    """The runs that an earlier, perhaps interrupted, sweep has left in its file.
-
-    Raises:
-        UsageError: They are none of this sweep's.
-    """
-    try:
-        earlier = json.loads(output.read_text())
-        facts = [{**found["options"], **found["data"], "torch": found["machine"]["torch"]} for found in (earlier, kept)]
-        runs: list[Record] = earlier["runs"]
-    except (ValueError, TypeError, KeyError):
-        raise UsageError(f"--output: expected a new file or that of a sweep, got {str(output)!r}.") from None
-    for name, value in facts[1].items():
-        if facts[0].get(name) != value:
-            raise UsageError(
-                f"--output: expected a new file or one with {name}={value!r}, got {str(output)!r} with "
-                f"{name}={facts[0].get(name)!r}. Name another, or remove it."
-            )
-    asked = {_key(asdict(task)) for task in tasks}
-    for run in runs:
-        if _key(run) not in asked:
-            raise UsageError(
-                f"--output: {str(output)!r} holds {_title(run)}, which is not part of this sweep. Name another, or "
-                "remove it."
-            )
-    return runs
-
-
-def _train_missing(
-    kept: Record, tasks: Sequence[Options], workers: int, output: Path | None, console: "Console"
-) -> None:
-    """Add the runs that are not in `kept`, in the order of `tasks`, and write each down as it ends."""
-    from rich import progress
-
-    runs = {_key(run): run for run in kept["runs"]}
-    missing = [task for task in tasks if _key(asdict(task)) not in runs]
-    columns = ("{task.description}", progress.BarColumn(bar_width=20), progress.MofNCompleteColumn())
-    bar = progress.Progress(
-        *columns, progress.TimeRemainingColumn(), console=console, disable=not console.is_terminal, transient=True
-    )
-    with bar:
-        shown = bar.add_task("training", total=len(tasks), completed=len(runs))
-        for run in _trained(missing, workers):
-            runs[_key(run)] = run
-            kept["runs"] = [runs[key] for key in (_key(asdict(task)) for task in tasks) if key in runs]
-            if output is not None:
-                write_json(output, kept)
-            loss = "diverged" if run["diverged"] else f"validation loss {run['validation_loss']:.3f}"
-            line = f"{_title(run)}: {loss}"
-            bar.update(shown, completed=len(runs), description=line)
-            if not console.is_terminal:
-                console.print(f"[{len(runs)}/{len(tasks)}] {line}, {run['seconds']:.0f} s", markup=False)
-
-
 def _trained(tasks: Sequence[Options], workers: int) -> Iterator[Record]:
     """Deal runs to processes; yields each as it ends."""
-    context = multiprocessing.get_context("spawn")
-    waiting = deque(tasks)
-    running: dict[Connection, Options] = {}
-    processes = []
-
-    def deal(pipe: Connection) -> None:
-        if waiting:
-            running[pipe] = waiting.popleft()
-            pipe.send(running[pipe])
-
-    try:
-        for _ in range(min(workers, len(tasks))):
-            ours, theirs = context.Pipe()
-            processes.append(context.Process(target=_work, args=(theirs,), daemon=True))
-            processes[-1].start()
-            theirs.close()
-            deal(ours)
-        while running:
-            for pipe in wait(list(running)):
-                assert isinstance(pipe, Connection)
-                task = running.pop(pipe)
-                try:
-                    run: Record = pipe.recv()
-                except EOFError:
-                    raise RuntimeError(f"bench sweep: the process of {_title(asdict(task))} has ended.") from None
-                deal(pipe)
-                yield run
-    finally:
-        for process in processes:
-            process.terminate()
-        for process in processes:
-            process.join()
+    return deal(tasks, train_once, teams=workers, title=lambda task: _title(asdict(task)))
 
 
-def _work(pipe: Connection) -> None:
-    """Train what comes through the pipe until its other end is closed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent gets it, too, and decides
-    torch.set_num_threads(1)
-    corpus = data.standard_library()
-    with process_group() as device, contextlib.suppress(EOFError):
-        while True:
-            pipe.send(train_once(pipe.recv(), corpus, device))
-
-
-def _key(run: Record) -> tuple[Any, ...]:
-    return tuple(run[key] for key in _KEYS)
+def _key(options: Options) -> tuple[Any, ...]:
+    return tuple(getattr(options, key) for key in _KEYS)
 
 
 def _title(run: Record) -> str:

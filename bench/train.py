@@ -1,8 +1,9 @@
-"""Train a byte-level transformer on every rank, with gradients averaged by one communicator."""
+"""Train a byte-level transformer on every rank, with gradients averaged by one communicator, or by the optimizer."""
 
 import hashlib
 import math
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, final
 
@@ -16,8 +17,8 @@ from gradwire.bench.errors import UsageError
 from gradwire.bench.model import ByteTransformer, nats_per_byte, num_parameters
 from gradwire.bench.progress import Progress
 from gradwire.bench.runs import Record, RunFolder, write_json
-from gradwire.bench.specs import parse
-from gradwire.comm import Stats, attach, checkpoint
+from gradwire.bench.specs import own_communicator, parse
+from gradwire.comm import Stats, attach, checkpoint, keep_local
 
 _HELD_OUT_WINDOWS = 256
 
@@ -28,7 +29,8 @@ class Options:
     """Everything that decides a run.
 
     Args:
-        configuration: Compressor, feedback and exchange as text (`gradwire.bench.specs`), perhaps an optimizer.
+        configuration: Compressor, feedback and exchange as text (`gradwire.bench.specs`), perhaps an optimizer; of an
+            optimizer that exchanges gradients by itself, nothing else.
         optimizer: Optimizer as text, for a configuration that names none.
         layers: Blocks of the model, >= 1.
         width: Size of its hidden state, a multiple of 2 heads.
@@ -87,28 +89,40 @@ class Trainer:
     def __init__(self, options: Options, corpus: Corpus, device: torch.device) -> None:
         self.options, self.corpus, self.device = options, corpus, device
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
-        configuration = parse(options.configuration)
+        configuration = parse(options.configuration, options.optimizer)
         torch.manual_seed(options.seed)  # every rank starts from the same weights
         self.model = ByteTransformer(options.layers, options.width, options.heads).to(device)
-        self.optimizer = configuration.optimizer(self.model.named_parameters(), options.optimizer, lr=options.lr)
-        self.communicator = configuration.communicator(options.seed)
+        self.optimizer = configuration.optimizer(
+            self.model.named_parameters(), options.optimizer, lr=options.lr, seed=options.seed
+        )
         self.scaler = torch.amp.GradScaler(device.type, enabled=options.dtype == "float16")
         self._peak_lrs = [float(group["lr"]) for group in self.optimizer.param_groups]
+        own = own_communicator(self.optimizer)
+        self._exchanges_itself = own is not None
+        self.communicator = configuration.communicator(options.seed) if own is None else own
         self._forward: torch.nn.Module = self.model
-        scaler = self.scaler if self.scaler.is_enabled() else None
+        self._wait: Callable[[], None] | None = None
         if options.host == "ddp":
-            self._forward = ddp = DistributedDataParallel(self.model, bucket_cap_mb=options.bucket_mb)
-            attach(ddp, self.communicator, optimizer=self.optimizer, scaler=scaler)
-            self._wait = None
-        else:
-            handle = attach(
-                self.model.named_parameters(),
-                self.communicator,
-                optimizer=self.optimizer,
-                scaler=scaler,
-                bucket_mb=options.bucket_mb,
-            )
-            self._wait = handle.wait
+            self._forward = DistributedDataParallel(self.model, bucket_cap_mb=options.bucket_mb)
+        if not self._exchanges_itself:
+            self._attach()
+        elif isinstance(self._forward, DistributedDataParallel):
+            keep_local(self._forward)
+
+    def _attach(self) -> None:
+        """Have the communicator average gradients before the optimizer sees them."""
+        scaler = self.scaler if self.scaler.is_enabled() else None
+        if isinstance(self._forward, DistributedDataParallel):
+            attach(self._forward, self.communicator, optimizer=self.optimizer, scaler=scaler)
+            return
+        handle = attach(
+            self.model.named_parameters(),
+            self.communicator,
+            optimizer=self.optimizer,
+            scaler=scaler,
+            bucket_mb=self.options.bucket_mb,
+        )
+        self._wait = handle.wait
 
     def step(self, step: int) -> Tensor:
         """One optimizer step, counted from 0; returns this rank's loss."""
@@ -120,13 +134,24 @@ class Trainer:
         if self._wait is not None:
             self._wait()  # the scaler looks at gradients before the optimizer's own hook would wait for them
         self.scaler.step(self.optimizer)
+        if self._exchanges_itself and self.scaler.is_enabled():
+            # Gradients are local, and so is what the scaler has found in them; its scale is to be every rank's.
+            for found_inf in self.scaler._found_inf_per_device(self.optimizer).values():
+                dist.all_reduce(found_inf, dist.ReduceOp.MAX)
         self.scaler.update()
         self.optimizer.zero_grad()
         return loss.detach()
 
+    def settle(self) -> None:
+        """End an exchange that the optimizer has left in flight, so that ranks hold the same weights and counts."""
+        synchronize = getattr(self.optimizer, "synchronize", None)
+        if self._exchanges_itself and synchronize is not None:
+            synchronize()
+
     @torch.no_grad()
     def evaluate(self) -> float:
         """Mean loss in nats per byte over held-out windows, shared among the ranks."""
+        self.settle()
         inputs, targets = self.corpus.held_out(_HELD_OUT_WINDOWS, self.options.context, self.rank, self.world_size)
         total = torch.zeros(2, dtype=torch.float64, device=self.device)
         for first in range(0, len(inputs), self.options.batch):
@@ -153,6 +178,7 @@ class Trainer:
 
     def save(self, folder: RunFolder, step: int) -> None:
         """Write a checkpoint; it gets its name when all ranks have finished."""
+        self.settle()
         path = folder.checkpoint(step)
         partial = path.with_name(path.name + ".partial")
         checkpoint.save(partial, **self._state())
@@ -165,8 +191,12 @@ class Trainer:
         checkpoint.load(folder.checkpoint(step), **self._state())
 
     def _state(self) -> dict[str, Any]:
-        scaler = {"scaler": self.scaler} if self.scaler.is_enabled() else {}
-        return {"model": self.model, "optimizer": self.optimizer, "communicator": self.communicator, **scaler}
+        state: dict[str, Any] = {"model": self.model, "optimizer": self.optimizer}
+        if not self._exchanges_itself:  # else it comes with the optimizer
+            state["communicator"] = self.communicator
+        if self.scaler.is_enabled():
+            state["scaler"] = self.scaler
+        return state
 
     def _loss(self, model: torch.nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
         dtype = getattr(torch, self.options.dtype)
@@ -204,7 +234,7 @@ def train(
     if start:
         trainer.load(folder, start)
     speaks = trainer.rank == 0
-    clock = _Clock(options.batch * options.context * trainer.world_size)
+    clock = _Clock(options.batch * options.context * trainer.world_size, trainer.communicator.stats)
     if speaks and resume:
         clock.continue_from(folder.continue_from(start))
     elif speaks:
@@ -222,6 +252,7 @@ def train(
             saves = (last and keep) or bool(options.checkpoint_every and step % options.checkpoint_every == 0)
             if not (evaluates or saves or step % log_every == 0):
                 continue
+            trainer.settle()
             train_loss = trainer.mean_over_ranks(losses)  # waits for the device
             clock.pause()
             record = {"step": step, "train_loss": train_loss, "validation_loss": None}
@@ -270,10 +301,12 @@ class _Clock:
 
     Args:
         tokens_per_step: Bytes of text that all ranks together train on in one step.
+        stats: The communicator's before the first step: loading a checkpoint may exchange something, too.
     """
 
-    def __init__(self, tokens_per_step: int) -> None:
+    def __init__(self, tokens_per_step: int, stats: Stats) -> None:
         self._tokens_per_step = tokens_per_step
+        self._loaded = stats
         self._earlier: Record = {"seconds": 0.0, "bytes_sent": 0.0, "dense_bytes": 0.0}
         self._before = self._earlier
         self._seconds, self._since = 0.0, 0.0
@@ -294,8 +327,8 @@ class _Clock:
 
     def read(self, stats: Stats, steps: int) -> Record:
         """Totals so far, and rates over the `steps` steps since the last reading."""
-        bytes_sent = self._earlier["bytes_sent"] + stats.bytes_sent
-        dense_bytes = self._earlier["dense_bytes"] + stats.dense_bytes
+        bytes_sent = self._earlier["bytes_sent"] + stats.bytes_sent - self._loaded.bytes_sent
+        dense_bytes = self._earlier["dense_bytes"] + stats.dense_bytes - self._loaded.dense_bytes
         seconds = self._seconds - self._before["seconds"]
         record = {
             "seconds": self._seconds,

@@ -169,9 +169,13 @@ class RowMatrix:
 
     def _store_tiles(self, mean: Tensor, grads: Sequence[Tensor]) -> None:
         for position, shape in self._shapes.items():
+            grad = grads[position]
             runs = [self._run(mean.view(1, -1), piece)[0] for piece in self._pieces_of(position)]
             tiles = runs[0] if len(runs) == 1 else torch.cat(runs)
-            grads[position].copy_(self.tile.join(tiles, shape))
+            if self.workers == 1 and grad.is_contiguous() and self.tile.fits(shape):
+                self.tile.padded(grad).copy_(self.tile.blocks(tiles, shape))  # in one pass
+            else:
+                grad.copy_(self.tile.join(tiles, shape))
 
     def _pieces_of(self, position: int) -> list[Piece]:
         """The pieces of one tensor, in its order."""
@@ -186,7 +190,7 @@ class RowMatrix:
         """Positions of the padding where rows are tiles."""
         there = torch.zeros((1, self.rows * self.width), dtype=torch.bool)
         for position, shape in self._shapes.items():
-            if self.tile.rows(shape) * self.width == shape.numel():
+            if self.tile.fits(shape):
                 tiles = torch.ones((), dtype=torch.bool).expand(self.tile.rows(shape), self.width)
             else:
                 tiles = self.tile.cut(torch.ones(shape, dtype=torch.bool))

@@ -41,6 +41,10 @@ class Tile:
         down, across = self._grid(shape)
         return down * across
 
+    def fits(self, shape: torch.Size) -> bool:
+        """Whether a tensor of this shape needs no padding."""
+        return self.rows(shape) * self.numel == shape.numel()
+
     def cut(self, x: Tensor, workers: int = 1) -> Tensor:
         """Rows `[workers * rows, numel]` of a tensor, or of one per worker along a first dimension: a new tensor."""
         shape = x.shape if workers == 1 else x.shape[1:]

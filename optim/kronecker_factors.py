@@ -1,5 +1,6 @@
 """Inverse Kronecker factors of many layers: updated by rank one, applied to gradients, stacked by size."""
 
+import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -35,7 +36,9 @@ def sherman_morrison_(inverses: Tensor, vectors: Tensor, rule: Rule) -> None:
 
         u = S v,    F <- (S - weight u u^T / (decay + weight v^T u)) / decay
 
-    A vector that is zero or not finite changes nothing.
+    A vector that is zero or not finite changes nothing. One so long that v^T u > eps^(-1/2), 3000 in float32, enters as
+    a shorter one: rounding could leave the factor indefinite otherwise. Where v^T u < 0 it is, and the vector is left
+    out until mixing has mended it.
 
     Args:
         inverses: `[n, d, d]`, symmetric and positive definite, so that the largest entry is on the diagonal.
@@ -51,16 +54,24 @@ def sherman_morrison_(inverses: Tensor, vectors: Tensor, rule: Rule) -> None:
     keep = torch.where(mixed, torch.full_like(v[:, 0], rule.keep), 1.0)
 
     u = keep[:, None] * torch.bmm(v[:, None, :], wide).squeeze(1) + (1 - keep)[:, None] * v
-    product = (v * u).sum(1).clamp(min=0)  # rounding could make it negative
+    product = (v * u).sum(1)
     new &= torch.isfinite(product)
+    # As if v were so much shorter that no correction takes more digits than there are.
+    shorter = (product.clamp(max=_most(wide.dtype)) / product).where(product > 0, 0.0)
+    product = product * shorter
     # With the root on both sides the factor stays symmetric to the bit.
-    root = (rule.weight / (rule.decay * (rule.decay + rule.weight * product))).sqrt()
+    root = (shorter * rule.weight / (rule.decay * (rule.decay + rule.weight * product))).sqrt()
     u = torch.where(new[:, None], u * root[:, None], 0)
     wide *= torch.where(new, keep / rule.decay, 1.0)[:, None, None]
     diagonal += torch.where(new, (1 - keep) / rule.decay, 0.0)[:, None]
     wide.addcmul_(u[:, :, None], u[:, None, :], value=-1)
     if wide is not inverses:
         inverses.copy_(wide)
+
+
+def _most(dtype: torch.dtype) -> float:
+    """Of v^T u, which says how much a correction shrinks the factor along v: half of the digits."""
+    return 1 / math.sqrt(torch.finfo(dtype).eps)
 
 
 @final

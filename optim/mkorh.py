@@ -121,6 +121,11 @@ class MKORH(MKOR):
         if loss is not None:
             self.observe(loss)
         super()._precondition(None)
+        if self._step == self._check_every and not self._seen:
+            _log.warning(
+                "MKORH: got no loss in %d steps, and never switches without. Call observe(loss) before step().",
+                self._step,
+            )
         if self._seen and self._seen % self._check_every == 0 and self._seen >= self._min_steps:
             self._check_rate()
 

@@ -98,6 +98,22 @@ def test_the_stabiliser_bounds_directions_that_no_vector_has() -> None:
     torch.testing.assert_close(kept[0, 0, 0], torch.tensor(1.0), rtol=0.1, atol=0.0)
 
 
+@pytest.mark.parametrize(
+    "rule", [Rule(0.95, 0.05, 0.9, 10.0), Rule(0.95, 0.05, 0.9, 1e3), Rule(1.0, 1.0, 0.95, 0.0)], ids=str
+)
+def test_factors_stay_positive_definite_in_float32(rule: Rule) -> None:
+    """For vectors of all lengths along one direction, of very uneven entries, and of one length only."""
+    generator = torch.Generator().manual_seed(0)
+    kept = torch.eye(16).repeat(3, 1, 1)
+    direction = torch.randn(16, generator=generator)
+    for _ in range(1000):
+        length = 10 ** torch.empty(()).uniform_(-6, 6, generator=generator)
+        uneven = torch.randn(16, generator=generator) * torch.logspace(-3, 3, 16)
+        sherman_morrison_(kept, torch.stack([length * direction, uneven, 100 * direction]), rule)
+    assert torch.linalg.eigvalsh(kept.double()).min() > 0
+    assert kept.max() <= max(1.0, rule.above / rule.decay)
+
+
 @pytest.mark.parametrize("bad", [0.0, float("nan"), float("inf"), 1e30], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_a_vector_that_is_zero_or_not_finite_changes_nothing(bad: float, dtype: torch.dtype) -> None:
@@ -521,6 +537,22 @@ def test_nothing_is_gathered_between_corrections() -> None:
         optimizer.step()
     assert found == [True, False, False, True, False, False, True]
     assert optimizer.communicator.stats.steps == 3
+
+
+@pytest.mark.gpu
+def test_a_step_waits_for_no_accelerator() -> None:
+    model, other = perceptron(torch.float32).cuda(), perceptron(torch.float32)
+    optimizer = make(model, vector_dtype=torch.bfloat16)
+    some = batches(8, torch.float32)
+    on_device = [(x.cuda(), target.cuda()) for x, target in some]
+    train(model, optimizer, on_device[:3])
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        train(model, optimizer, on_device[3:])
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    train(other, make(other, vector_dtype=torch.bfloat16), some)
+    assert_equal([w.cpu() for w in weights(model)], weights(other), rtol=0.02, atol=0.02)
 
 
 @pytest.mark.parametrize("how", ["state_dict", "checkpoint"])

@@ -141,6 +141,14 @@ def test_losses_that_are_missing_or_not_finite_do_not_count() -> None:
     assert optimizer._averages.tolist() == [2.0, 1.5, 1.5]
 
 
+def test_says_so_when_it_gets_no_loss(caplog: pytest.LogCaptureFixture) -> None:
+    model, optimizer = make()
+    for step in range(3 * QUICK["check_every"]):
+        one_step(model, optimizer, step)
+    (message,) = caplog.messages
+    assert message.startswith("MKORH: got no loss in 5 steps, and never switches without. Call observe(loss)")
+
+
 @pytest.mark.parametrize("switched", [False, True])
 @pytest.mark.parametrize("how", ["state_dict", "checkpoint"])
 def test_resumes_bit_for_bit(how: str, switched: bool, tmp_path: Path) -> None:

@@ -28,6 +28,8 @@ _SHORT = {
     "gradwire bench compression": " --numel 65536 --no-fused",
     "gradwire bench optim": " --quick --no-fused --no-rivals",
     "gradwire bench sweep": " --quick",
+    "gradwire bench exchange": " --quick --methods 'dense + AdamW' 'DeMo(k=32)'",
+    "gradwire bench curvature": " --quick --problems text --methods AdamW",
 }
 
 

@@ -26,7 +26,9 @@ def layout(
     dtype: torch.dtype = torch.float32,
 ) -> RowMatrix:
     members = list(range(len(names)))
-    return RowMatrix(names, shapes, members, dtype, Tile(width), shards=shards, workers=workers, device=torch.device("cpu"))
+    return RowMatrix(
+        names, shapes, members, dtype, Tile(width), shards=shards, workers=workers, device=torch.device("cpu")
+    )
 
 
 @given(

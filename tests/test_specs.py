@@ -7,6 +7,7 @@ from gradwire.bench import specs
 from gradwire.bench.errors import UsageError
 from gradwire.comm import EF, EF21, AllGather, AllReduce, Communicator, Plan, PowerSGD, TwoPhase, Warmup
 from gradwire.compression import BlockQuantize, Chain, ChunkTopK, Identity
+from gradwire.optim import DeMo
 
 
 @pytest.mark.parametrize("text", specs.DEFAULTS)
@@ -97,8 +98,55 @@ def test_mistakes_get_one_sentence(text: str, message: str) -> None:
 def test_join_checks_each_family() -> None:
     assert specs.join({"compressor": "ScaledSign", "feedback": "EF"}) == "ScaledSign + EF"
     assert specs.join({}) == "dense"
-    with pytest.raises(UsageError, match=r"unknown name 'ScaledSign'. There is feedback: EF, EF21"):
+    with pytest.raises(UsageError, match=r"unknown name 'ScaledSign'. There is feedback: .*EF, EF21"):
         specs.join({"feedback": "ScaledSign"})
+
+
+# Optimizers that exchange gradients by themselves.
+
+
+def test_an_optimizer_with_a_communicator_needs_no_other() -> None:
+    parameters = [("w", torch.nn.Parameter(torch.ones(64, 64)))]
+    configuration = specs.parse("DeMo(k=8, values='sign', plan=Plan(min_numel=7))")
+    made = configuration.optimizer(parameters, lr=0.1, seed=5)
+    assert isinstance(made, DeMo)
+    communicator = specs.own_communicator(made)
+    assert communicator is made.communicator
+    assert (communicator.seed, made.communicator.plan, made.defaults["lr"]) == (5, Plan(min_numel=7), 0.1)
+    assert specs.own_communicator(torch.optim.SGD(parameters, lr=0.1)) is None
+    named = specs.parse("DeMo(seed=3, lr=0.5)").optimizer(parameters, lr=0.1, seed=5)
+    assert isinstance(named, DeMo)
+    assert (named.communicator.seed, named.defaults["lr"]) == (3, 0.5)
+
+
+def test_join_lets_it_stand_alone() -> None:
+    assert specs.join({}, "DeMo(k=8)") == "DeMo(k=8)"
+    assert specs.join({}, "AdamP") == "dense"
+    assert specs.join({"compressor": "ScaledSign"}, "DeMo(k=8)") == "ScaledSign"  # for parse to refuse
+
+
+@pytest.mark.parametrize(
+    ("text", "optimizer"),
+    [
+        ("dense + DeMo", "AdamW"),
+        ("ChunkTopK + EF + demo(k=8)", "AdamW"),
+        ("PowerSGD + DeMo", "AdamW"),
+        ("dense", "DeMo(k=8)"),
+        ("ScaledSign + EF", "DeMo"),
+    ],
+)
+def test_it_takes_nothing_beside_it(text: str, optimizer: str) -> None:
+    refused = r"DeMo: expected no compressor, feedback or exchange beside it, .* Write DeMo alone, or name another"
+    with pytest.raises(UsageError, match=refused):
+        specs.parse(text, optimizer)
+
+
+def test_every_optimizer_named_needs_parameters_only() -> None:
+    parameters = [("w", torch.nn.Parameter(torch.ones(2)))]
+    named = specs.catalogue()["optimizer"]
+    assert {"AdamW", "AdamP", "DeMo", "LBFGS"} <= named.keys()
+    for name in named.keys() - {"Muon"}:  # takes matrices only
+        assert specs.parse(name).optimizer(parameters, lr=0.1).param_groups[0]["lr"] == 0.1
 
 
 def test_expand_replaces_default_and_keeps_each_once() -> None:

@@ -90,10 +90,17 @@ def contents(checkpoint: Path, target: Path) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-def test_resumed_run_equals_the_uninterrupted_one_to_the_bit(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "made",
+    [
+        ["--optimizer", "adamp(weight_decay=0.1)", "--compressor", "ChunkTopK(k=64, chunk=256)", "--feedback", "EF21"],
+        ["--optimizer", "DeMo(k=8, values='sign', chunk=16)", "--host", "ddp"],
+        ["--optimizer", "DeMo(k=8, chunk=16, form='overlapped')", "--host", "loop", "--dtype", "float16"],
+    ],
+    ids=["ef21", "demo", "overlapped"],
+)
+def test_resumed_run_equals_the_uninterrupted_one_to_the_bit(made: list[str], tmp_path: Path) -> None:
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    compressor = "ChunkTopK(k=64, chunk=256)"
-    made = ["--optimizer", "adamp(weight_decay=0.1)", "--compressor", compressor, "--feedback", "EF21"]
     run = torchrun(*TINY, *made, "--steps", "8", "--checkpoint-every", "4", "--output", str(whole))
     assert run.returncode == 0, run.stderr
     assert "step 8/8" in run.stdout
@@ -120,7 +127,7 @@ def test_resumed_run_equals_the_uninterrupted_one_to_the_bit(tmp_path: Path) -> 
     saved = contents(RunFolder(whole).checkpoint(8), tmp_path / "a.pt")
     again = contents(RunFolder(cut).checkpoint(8), tmp_path / "b.pt")
     assert saved.keys() == again.keys()
-    assert any("rank1" in key and "local" in key for key in saved)
+    assert any("rank1" in key and "rows" in key for key in saved)
     groups, groups_again = saved.pop("/optimizer/param_groups"), again.pop("/optimizer/param_groups")
     for group, group_again in zip(groups, groups_again, strict=True):
         assert group == {key: group_again[key] for key in group}  # loading may add flags of torch's own
@@ -132,7 +139,7 @@ def test_resumed_run_equals_the_uninterrupted_one_to_the_bit(tmp_path: Path) -> 
 def test_compare_writes_table_picture_and_results(tmp_path: Path) -> None:
     import matplotlib.image
 
-    configurations = ["dense", "ScaledSign + EF"]
+    configurations = ["dense", "ScaledSign + EF", "DeMo(k=8, chunk=16)"]
     output, results = tmp_path / "runs", tmp_path / "kept" / "train.json"
     run = torchrun(
         *TINY, "--steps", "4", "--host", "loop", "--compare", *configurations, "--output", str(output),
@@ -141,7 +148,7 @@ def test_compare_writes_table_picture_and_results(tmp_path: Path) -> None:
     assert run.returncode == 0, run.stderr
     assert "ScaledSign + EF" in run.stdout
     assert "Validation loss" in run.stdout
-    for number, name in enumerate(("dense", "scaledsign-ef"), 1):
+    for number, name in enumerate(("dense", "scaledsign-ef", "demo-k-8-chunk-16"), 1):
         assert (output / f"{number}-{name}" / "summary.json").is_file()
     for picture in (output / "comparison.png", output / "1-dense" / "loss.png"):
         pixels = matplotlib.image.imread(picture)
@@ -152,13 +159,16 @@ def test_compare_writes_table_picture_and_results(tmp_path: Path) -> None:
     assert kept["command"].startswith("torchrun --standalone --nproc-per-node 2 --no-python gradwire train")
     assert {"cpu", "torch", "date"} <= kept["machine"].keys()
     assert [run["configuration"] for run in kept["runs"]] == configurations
-    dense, sign = kept["runs"]
+    dense, sign, demo = kept["runs"]
     assert dense["compression_rate"] == pytest.approx(1, rel=1e-2)
     assert sign["compression_rate"] > 10
     assert sign["bytes_per_step"] < dense["bytes_per_step"] / 10
+    assert demo["compression_rate"] == pytest.approx(dense["bytes_per_step"] / demo["bytes_per_step"], rel=1e-2)
+    assert demo["compression_rate"] > 5
+    assert demo["ranks_equal"]
     assert [point["step"] for point in sign["curve"]] == [1, 2, 3, 4]
     table = (output / "comparison.md").read_text()
-    assert table.count("\n") == 4
+    assert table.count("\n") == 5
     assert "| `ScaledSign + EF` |" in table
 
 
@@ -203,7 +213,7 @@ def test_one_process_trains_on_files(
     ("arguments", "message"),
     [
         (["--compressor", "ChunkTopK(k=0)"], "ChunkTopK: expected"),
-        (["--feedback", "ScaledSign"], "There is feedback: EF, EF21"),
+        (["--feedback", "ScaledSign"], "unknown name 'ScaledSign'. There is feedback: "),
         (["--optimizer", "adamq"], "unknown name 'adamq'. Did you mean"),
         (["--optimizer", "AdamP(lr=-1.0)"], "lr"),
         (["--width", "30", "--heads", "4"], "--width: expected a multiple of 2 heads, got width=30 with heads=4."),
@@ -211,6 +221,8 @@ def test_one_process_trains_on_files(
         (["--resume", "/nowhere"], "--resume: expected a run folder with a checkpoint, got '/nowhere'."),
         (["--compare", "dense", "--compressor", "ScaledSign"], "--compare: expected whole configurations"),
         (["--compare", "dense", "Sign"], "unknown name 'Sign'"),
+        (["--optimizer", "DeMo", "--feedback", "EF", "--compressor", "ScaledSign"], "DeMo: expected no compressor"),
+        (["--optimizer", "DeMo", "--compare", "dense", "DeMo(k=8)"], "name another optimizer: 'dense + AdamW'"),
     ],
 )
 def test_mistakes_end_with_code_2_and_one_sentence(
@@ -282,12 +294,67 @@ def test_every_dtype_host_and_bucket_size_learns_and_ranks_agree(tmp_path: Path)
         {"dtype": "float16", "host": "loop", "configuration": "PowerSGD(matrix_rank=2)"},
         {"bucket_mb": 0.01, "configuration": "ChunkTopK(k=32, chunk=256) + EF"},
         {"bucket_mb": 0.01, "host": "loop", "optimizer": "SGD(lr=0.5, momentum=0.9)"},
+        {"configuration": "DeMo(k=8, chunk=16)"},
+        {"configuration": "DeMo(k=8, chunk=16, values='sign')", "dtype": "float16", "host": "loop"},
+        {"configuration": "DeMo(k=8, chunk=16, form='overlapped')", "dtype": "bfloat16", "bucket_mb": 0.01},
     ]
     changes = [{"steps": 40, **change} for change in changes]
     for summaries in run_ranks(2, _train, str(tmp_path), changes):
         for summary in summaries:
             assert summary["ranks_equal"], summary["configuration"]
             assert summary["validation_loss"] < 4.5, summary  # log 256 = 5.5 at the start
+
+
+def _hosts(configuration: str, dtype: str) -> list[tuple[bool, float, float]]:
+    """Weights of both hosts, and the residual's norm and the bytes that the optimizer's own communicator counts."""
+    made = []
+    for host in ("ddp", "loop"):
+        trainer = Trainer(options(host=host, configuration=configuration, dtype=dtype), corpus(), torch.device("cpu"))
+        for step in range(3):
+            trainer.step(step)
+        made.append(trainer)
+    pairs = zip(made[0].model.parameters(), made[1].model.parameters(), strict=True)
+    equal = all(torch.equal(a, b) for a, b in pairs)
+    return [
+        (
+            equal and trainer.ranks_equal(),
+            trainer.communicator.stats.residual_norm,
+            trainer.communicator.stats.bytes_sent,
+        )
+        for trainer in made
+    ]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_gradients_of_an_optimizer_that_exchanges_by_itself_stay_local(dtype: str) -> None:
+    first, second = run_ranks(2, _hosts, "DeMo(k=8, chunk=16)", dtype)
+    for (equal, norm, sent), (equal_there, norm_there, sent_there) in zip(first, second, strict=True):
+        assert equal
+        assert equal_there
+        assert norm != norm_there > 0  # of each rank's own momentum
+        assert sent == sent_there > 0
+
+
+def _inf_on_one_rank(configuration: str, dtype: str) -> tuple[list[float], bool, int]:
+    trainer = Trainer(options(host="loop", configuration=configuration, dtype=dtype), corpus(), torch.device("cpu"))
+    weight = next(trainer.model.parameters())
+    before, scales = weight.clone(), []
+    if dist.get_rank() == 1:
+        weight.register_hook(lambda grad: grad * torch.inf)
+    for step in range(2):
+        trainer.step(step)
+        scales.append(trainer.scaler.get_scale())
+    return scales, torch.equal(weight, before), trainer.communicator.stats.skipped
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_a_gradient_that_is_not_finite_on_one_rank_skips_the_step_on_all(dtype: str) -> None:
+    first, second = run_ranks(2, _inf_on_one_rank, "DeMo(k=8, chunk=16)", dtype)
+    assert first == second
+    scales, unchanged, skipped = first
+    assert unchanged
+    assert skipped == 2
+    assert scales == ([1.0, 1.0] if dtype == "float32" else [2.0**15, 2.0**14])
 
 
 def _evaluate() -> float:

@@ -46,7 +46,7 @@ def ef21(grads: Array, compress: Map) -> tuple[Array, dict[str, Array]]:
 def decoupled_momentum(
     grads: Array, compress: Map, decay: float, alpha: float = 1.0, ema: bool = False
 ) -> tuple[Array, dict[str, Array]]:
-    """DeMo's momentum with n workers (Peng et al. 2024, algorithm 1), with the alpha and average of its second version."""
+    """DeMo's momentum with n workers (Peng et al. 2024, algorithm 1), with alpha and average of its second version."""
     momentum = np.zeros_like(grads[0])
     estimates = []
     for step in grads:

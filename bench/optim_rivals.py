@@ -107,6 +107,9 @@ RIVALS = (
         for name in ("AdamP", "SGDP", "AdaBelief", "LaProp", "DiffGrad")
     ),
     Rival("pytorch-optimizer", "pytorch_optimizer", "Adafactor", "AdaFactor", {"betas": (None, 0.999)}),
+    Rival("torch-optimizer", "torch_optimizer", "LAMB", "Lamb"),
+    Rival("timm", "timm.optim", "LAMB", "Lamb", {"max_grad_norm": None}),
+    Rival("pytorch-optimizer", "pytorch_optimizer", "LAMB", "Lamb"),
     Rival("heavyball", "heavyball", "LaProp", options={"consume_grad": False}),
     Rival("heavyball", "heavyball", "AdamW", options={"consume_grad": False}),
 )

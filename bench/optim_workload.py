@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 from gradwire.bench.optim_rivals import RIVALS, Candidate, candidates
 
 _COPIED = 1 << 25  # entries at most, of the copy whose speed is the floor
-_PASSES = {"AdamP": 8, "SGDP": 8, "Adafactor": 12}
+_PASSES = {"AdamP": 8, "SGDP": 8, "Adafactor": 12, "LAMB": 12}
 _TIMEOUT = 900  # seconds
 
 
@@ -110,7 +110,7 @@ def moved_bytes(algorithm: str, optimizer: torch.optim.Optimizer) -> int:
     """Bytes that a step must move at least: gradients read, weights and state read and written.
 
     What depends on a sum over a whole row or tensor needs a second pass: AdamP and SGDP read weights and gradients
-    again; Adafactor reads gradients three times and weights twice.
+    again; Adafactor reads gradients three times and weights twice; LAMB reads weights and moments again.
     """
     weights = _weight_bytes(optimizer)
     return 3 * weights + 2 * state_bytes(optimizer) + _PASSES.get(algorithm, 0) * weights // 4

@@ -105,8 +105,27 @@ def optim_section(results: Mapping[str, Any]) -> str:
         "Floor: the bytes that a step must move, at the speed of a copy "
         f"({cases['gpt2']['copy_bytes_per_s'] / 1e9:.0f} GB/s). First step: with an empty and with a filled compiler "
         "cache. Peak memory: above weights, gradients and state, as a share of them. Eager: the faster of the default "
-        f"and `foreach`. {where}, {machine['date'][:10]}.{f' Not measured: {absent}.' if absent else ''} "
+        f"and `foreach`. {_training_sentence(results)}{where}, {machine['date'][:10]}."
+        f"{f' Not measured: {absent}.' if absent else ''} "
         f"Made by `{machine['command']}`."
+    )
+
+
+def _training_sentence(results: Mapping[str, Any]) -> str:
+    """What optimizers add to whole training steps, if that was measured."""
+    by_tokens: dict[int, list[Mapping[str, Any]]] = {}
+    for step in results.get("training", ()):
+        by_tokens.setdefault(step["tokens"], []).append(step)
+    parts = [
+        f"of {tokens:,} tokens " + ", ".join(f"`{step['algorithm']}` {step['ratio']:.3f}" for step in steps)
+        for tokens, steps in by_tokens.items()
+    ]
+    if not parts:
+        return ""
+    size = next(iter(by_tokens.values()))[0]["parameters"] / 1e6
+    return (
+        f"Whole training steps of the {size:.2f} M-parameter transformer, over those with fused AdamW: "
+        f"{'; '.join(parts)}. "
     )
 
 

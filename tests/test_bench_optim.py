@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from gradwire.bench import optim as bench
-from gradwire.bench import optim_rivals, optim_workload
+from gradwire.bench import optim_rivals, optim_training, optim_workload
 from gradwire.bench.cli import main
 from gradwire.bench.errors import UsageError
 from gradwire.bench.optim_rivals import RIVALS, Candidate, Rival, candidates, missing, own_classes
@@ -134,6 +134,24 @@ def test_bytes_that_a_step_must_move(algorithm: str, cls: Any, options: dict[str
     optimizer.step()
     small = 2 * (200 + 100 + 1) * 4  # Adafactor's factors, and a step count
     assert 0 <= moved_bytes(algorithm, optimizer) - per_weight * weight.numel() <= small
+
+
+def test_whole_training_steps_hold_gradients_of_all_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[float] = []
+    accumulate = optim_training._accumulate
+
+    def spy(model: nn.Module, *rest: Any) -> None:
+        accumulate(model, *rest)
+        seen.append(sum(float(p.grad.abs().sum()) for p in model.parameters() if p.grad is not None))
+
+    monkeypatch.setattr(optim_training, "_accumulate", spy)
+    reference, *_ = candidates(rivals=())
+    demo = next(candidate for candidate in candidates(rivals=()) if candidate.algorithm == "DeMo")
+    steps = optim_training.training_steps([demo], reference, quick=True)
+    assert [step["tokens"] for step in steps] == list(optim_training.QUICK_TOKENS)
+    assert all(step["algorithm"] == "DeMo" and step["ratio"] > 0 < step["step_s"] for step in steps)
+    assert len(seen) == 6  # a warm-up and two rounds, of each number of tokens
+    assert all(total > 0 for total in seen)
 
 
 def test_functions_take_turns() -> None:

@@ -85,6 +85,17 @@ def test_fill_writes_the_table_of_optimizers(tmp_path: Path) -> None:
     assert report.fill(text, tmp_path) == text
 
 
+def test_whole_training_steps_are_told(tmp_path: Path) -> None:
+    step = {"algorithm": "DeMo", "parameters": 815_360}
+    training = [step | {"tokens": 65_536, "ratio": 1.0034}, step | {"tokens": 4_096, "ratio": 1.037}]
+    (tmp_path / "optim.json").write_text(json.dumps(_optim() | {"training": training}))
+    text = report.fill(EMPTY.replace("train", "optim"), tmp_path)
+    assert (
+        "Whole training steps of the 0.82 M-parameter transformer, over those with fused AdamW: "
+        "of 65,536 tokens `DeMo` 1.003; of 4,096 tokens `DeMo` 1.037. A CPU"
+    ) in text
+
+
 def test_the_table_of_optimizers_needs_every_case(tmp_path: Path) -> None:
     kept = _optim()
     del kept["cases"]["matrix"]

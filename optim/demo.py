@@ -20,6 +20,7 @@ from gradwire.optim.checks import check_lr, check_range
 from gradwire.optim.exchange import ExchangedGradients, check_shards
 from gradwire.optim.kernels import Scalars
 from gradwire.optim.layout import local
+from gradwire.optim.look_ahead import LookAhead
 from gradwire.optim.options import Options
 from gradwire.optim.orthogonal import orthogonalize_
 from gradwire.optim.shards import Shards
@@ -160,7 +161,7 @@ class DeMo(Optimizer):
         self._bucket_bytes = int(bucket_mb * 2**20)
         self._active: dict[str, Tensor] = {}
         self._gradients: ExchangedGradients | None = None
-        self._returning: dict[Tensor, Tensor] = {}
+        self._look_ahead = LookAhead()
         self._beside: Beside | None = None
         self._pending: torch.futures.Future[Tensor] | None = None
         self._applying = self._warned = self._loaded = False
@@ -240,6 +241,8 @@ class DeMo(Optimizer):
                 loss = closure()
         gradients = self._prepared()
         self._finish()
+        if not gradients.buckets:
+            return loss
         scale = getattr(self, "grad_scale", None)
         for group in self.param_groups:
             factor = 1.0 if self.form == "2026" else group["lr"]
@@ -250,10 +253,10 @@ class DeMo(Optimizer):
             gradients.average()
             self._apply()
             return loss
-        self._look_ahead()
-        if self._beside is None:
-            self._beside = Beside(next(iter(gradients.buffers.values())).device)
-        self._pending = self._beside.submit(gradients.average, next(iter(gradients.buffers.values())))
+        self._look_ahead.go(self._steps_ahead())
+        any_buffer = gradients.buckets[0][1][0]
+        self._beside = self._beside or Beside(any_buffer.device)
+        self._pending = self._beside.submit(gradients.average, any_buffer)
         return loss
 
     def synchronize(self) -> None:
@@ -304,28 +307,22 @@ class DeMo(Optimizer):
             return
         pending, self._pending = self._pending, None
         pending.wait()
-        torch._foreach_copy_([local(p) for p in self._returning], list(self._returning.values()))
+        self._look_ahead.back()
         self._apply()
 
-    def _look_ahead(self) -> None:
-        """Remember the parameters and step along this rank's own momentum, as it is before anything is sent."""
+    def _steps_ahead(self) -> dict[Tensor, Tensor]:
+        """A step along this rank's own momentum, as it is before anything is sent."""
         assert self._gradients is not None
-        buffers = self._gradients.buffers
-        if self._returning.keys() != buffers.keys():
-            self._returning = {p: local(p).clone() for p in buffers}
-        else:
-            torch._foreach_copy_(list(self._returning.values()), [local(p) for p in buffers])
-        feedback = self._feedback
+        buffers, feedback = self._gradients.buffers, self._feedback
         ahead = {p: torch.zeros_like(buffer) for p, buffer in buffers.items()}
         self._gradients.read_state("momentum_buffer", ahead)
         torch._foreach_mul_(list(ahead.values()), feedback.decay)
         torch._foreach_add_(list(ahead.values()), list(buffers.values()), alpha=feedback.weight)
         self._base_map_(ahead, vectors=True)
         for group in self.param_groups:
-            params = [p for p in group["params"] if p in ahead]
-            steps = [ahead[p] for p in params]
-            torch._foreach_mul_(steps, group["lr"] if group["maximize"] else -group["lr"])
-            torch._foreach_add_([local(p) for p in params], steps)
+            if steps := [ahead[p] for p in group["params"] if p in ahead]:
+                torch._foreach_mul_(steps, group["lr"] if group["maximize"] else -group["lr"])
+        return ahead
 
     def gradients(self, params: Sequence[Tensor]) -> list[Tensor | None]:
         """What the exchange gave in place of gradients."""
@@ -351,8 +348,9 @@ class DeMo(Optimizer):
         rest = set(self._gradients.dense) | {p for p, update in updates.items() if update.ndim < 2}
         if self.base == "orthogonalized":
             orthogonalize_([update for p, update in updates.items() if p not in rest])
-        if vectors and self.base != "identity":
-            torch._foreach_sign_([updates[p] for p in updates if self.base == "sign" or p in rest])
+        signed = [updates[p] for p in updates if self.base == "sign" or p in rest]
+        if vectors and signed and self.base != "identity":
+            torch._foreach_sign_(signed)
 
     @contextmanager
     def _flags(self, found_inf: Tensor | None) -> Iterator[None]:

@@ -194,6 +194,24 @@ def test_frozen_parameters_stay_and_take_part_again_later(form: str) -> None:
 
 
 @every_form
+@pytest.mark.parametrize("base", ["sign", "orthogonalized"])
+def test_nothing_to_exchange_and_groups_without_gradients(form: str, base: str) -> None:
+    frozen = nn.Parameter(torch.ones(16, 16), requires_grad=False)
+    optimizer = make([frozen], form=form, base=base)
+    optimizer.step()
+    optimizer.synchronize()
+    assert torch.equal(frozen, torch.ones(16, 16))
+    weight = nn.Parameter(torch.zeros(16, 16))
+    optimizer.add_param_group({"params": [weight]})
+    for _ in range(2):
+        weight.grad = torch.ones(16, 16)
+        optimizer.step()
+    optimizer.synchronize()
+    assert torch.equal(frozen, torch.ones(16, 16))
+    assert weight.any()
+
+
+@every_form
 def test_gradients_are_left_as_they_are(form: str) -> None:
     params = parameters(torch.float32)
     optimizer = make(params, form=form)

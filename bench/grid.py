@@ -174,6 +174,10 @@ def train_to_the_end(trainer: Trainer, measure: Callable[[], Record] = dict) -> 
         losses.append(trainer.step(step - 1))
         if step % options.eval_every and step < options.steps:
             continue
+        if step < options.steps:
+            trainer.wait()
+        else:
+            trainer.settle()
         if not curve:
             limit = DIVERGED * trainer.mean_over_ranks(losses[:1])
         found = {"train_loss": trainer.mean_over_ranks(losses), "validation_loss": trainer.evaluate()}

@@ -1,5 +1,6 @@
 """Train a byte-level transformer on every rank, with gradients averaged by one communicator, or by the optimizer."""
 
+import contextlib
 import hashlib
 import math
 import time
@@ -19,6 +20,7 @@ from gradwire.bench.progress import Progress
 from gradwire.bench.runs import Record, RunFolder, write_json
 from gradwire.bench.specs import own_communicator, parse
 from gradwire.comm import Stats, attach, checkpoint, keep_local
+from gradwire.optim import DeMo
 
 _HELD_OUT_WINDOWS = 256
 
@@ -142,16 +144,23 @@ class Trainer:
         self.optimizer.zero_grad()
         return loss.detach()
 
+    def wait(self) -> None:
+        """Let an exchange that the optimizer has left in flight end, so that its counts are those of all steps."""
+        if isinstance(self.optimizer, DeMo):
+            self.optimizer.wait()
+
     def settle(self) -> None:
-        """End an exchange that the optimizer has left in flight, so that ranks hold the same weights and counts."""
-        synchronize = getattr(self.optimizer, "synchronize", None)
-        if self._exchanges_itself and synchronize is not None:
-            synchronize()
+        """Apply what an exchange in flight brings, too."""
+        if isinstance(self.optimizer, DeMo):
+            self.optimizer.synchronize()
 
     @torch.no_grad()
     def evaluate(self) -> float:
         """Mean loss in nats per byte over held-out windows, shared among the ranks."""
-        self.settle()
+        with self.optimizer.returned() if isinstance(self.optimizer, DeMo) else contextlib.nullcontext():
+            return self._evaluate()
+
+    def _evaluate(self) -> float:
         inputs, targets = self.corpus.held_out(_HELD_OUT_WINDOWS, self.options.context, self.rank, self.world_size)
         total = torch.zeros(2, dtype=torch.float64, device=self.device)
         for first in range(0, len(inputs), self.options.batch):
@@ -252,7 +261,10 @@ def train(
             saves = (last and keep) or bool(options.checkpoint_every and step % options.checkpoint_every == 0)
             if not (evaluates or saves or step % log_every == 0):
                 continue
-            trainer.settle()
+            if last:
+                trainer.settle()
+            else:
+                trainer.wait()
             train_loss = trainer.mean_over_ranks(losses)  # waits for the device
             clock.pause()
             record = {"step": step, "train_loss": train_loss, "validation_loss": None}

@@ -16,17 +16,16 @@ from gradwire.comm.beside import Beside
 from gradwire.compression import DCTTopK
 from gradwire.compression.orthonormal import Transform
 from gradwire.optim.base import Optimizer
+from gradwire.optim.base_maps import BaseMap, map_
 from gradwire.optim.checks import check_lr, check_range
-from gradwire.optim.exchange import ExchangedGradients, check_shards
+from gradwire.optim.exchange import ExchangedGradients, check_shards, obeying
 from gradwire.optim.kernels import Scalars
 from gradwire.optim.layout import local
 from gradwire.optim.look_ahead import LookAhead
 from gradwire.optim.options import Options
-from gradwire.optim.orthogonal import orthogonalize_
 from gradwire.optim.shards import Shards
 
 Form = Literal["2024", "2026", "overlapped"]
-Base = Literal["sign", "identity", "orthogonalized"]
 
 _FORMS: dict[str, dict[str, Any]] = {
     "2024": {"momentum": 0.999, "alpha": 1.0, "base": "sign", "values": "bf16"},
@@ -104,8 +103,9 @@ class DeMo(Optimizer):
     Differences from the paper:
         One byte buffer per bucket where the paper's code sends two tensors per parameter, with 64-bit positions. Small
         tensors are sent whole. A gradient that is not finite on any rank makes all ranks skip the step. Gradient
-        clipping can only be each rank's own, before `step`. The overlapped form keeps the parameters it returns to, so
-        that replicas stay equal to the bit, where its originals add and subtract the look-ahead.
+        clipping can only be each rank's own, before `step`; so may be the scale of a `GradScaler`, by which gradients
+        are divided first. The overlapped form keeps the parameters it returns to, so that replicas stay equal to the
+        bit, where its originals add and subtract the look-ahead.
     """
 
     elementwise = True
@@ -124,7 +124,7 @@ class DeMo(Optimizer):
         values: Literal["fp32", "bf16", "int8", "sign"] | None = None,
         momentum: float | None = None,
         alpha: float | None = None,
-        base: Base | None = None,
+        base: BaseMap | None = None,
         weight_decay: float = 0.0,
         plan: Plan | None = None,
         group: dist.ProcessGroup | None = None,
@@ -263,9 +263,28 @@ class DeMo(Optimizer):
         """Overlapped form: wait for the exchange in flight, leave the look-ahead and apply its result.
 
         Parameters are then equal on all ranks, and the next step starts from there. All ranks must call it. Call it
-        before the model is evaluated or saved; `state_dict` does so by itself.
+        before the model is saved; `state_dict` does so by itself.
         """
         self._finish()
+
+    def wait(self) -> None:
+        """Overlapped form: wait for the exchange in flight, whose result the next step applies."""
+        if self._pending is not None:
+            self._pending.wait()
+
+    @contextmanager
+    def returned(self) -> Iterator[None]:
+        """Overlapped form: inside, parameters are those of all ranks; afterwards they look ahead again.
+
+        For an evaluation that leaves training as it is. They lack the result of the exchange in flight, which has ended
+        then.
+        """
+        self.wait()
+        self._look_ahead.swap()
+        try:
+            yield
+        finally:
+            self._look_ahead.swap()
 
     def _prepared(self) -> ExchangedGradients:
         """Buffers for the parameters that require a gradient now."""
@@ -292,10 +311,10 @@ class DeMo(Optimizer):
         if found_inf is not None and found_inf.device.type == "cpu" and found_inf.item():
             _log.warning("DeMo: a gradient is not finite on some rank: the step is skipped on all ranks.")
         if self.base == "orthogonalized":  # a dense momentum comes before its sign
-            self._base_map_(self._gradients.buffers, vectors=not self._remembers)
+            map_(self.base, self._gradients.buffers, self._gradients.dense, rest=not self._remembers)
         self._applying = True
         try:
-            with self._flags(found_inf):
+            with obeying(self, found_inf):
                 super().step()
         finally:
             self._applying = False
@@ -318,7 +337,7 @@ class DeMo(Optimizer):
         self._gradients.read_state("momentum_buffer", ahead)
         torch._foreach_mul_(list(ahead.values()), feedback.decay)
         torch._foreach_add_(list(ahead.values()), list(buffers.values()), alpha=feedback.weight)
-        self._base_map_(ahead, vectors=True)
+        map_(self.base, ahead, self._gradients.dense, rest=True)
         for group in self.param_groups:
             if steps := [ahead[p] for p in group["params"] if p in ahead]:
                 torch._foreach_mul_(steps, group["lr"] if group["maximize"] else -group["lr"])
@@ -341,28 +360,6 @@ class DeMo(Optimizer):
     def _remembers(self) -> bool:
         """Whether what is sent dense, and so whole, needs a momentum."""
         return self._feedback.alpha < 1 or self._feedback.ema
-
-    def _base_map_(self, updates: Mapping[Tensor, Tensor], *, vectors: bool) -> None:
-        """Orthogonalize compressed matrices in place, and take the sign of the rest if `vectors`."""
-        assert self._gradients is not None
-        rest = set(self._gradients.dense) | {p for p, update in updates.items() if update.ndim < 2}
-        if self.base == "orthogonalized":
-            orthogonalize_([update for p, update in updates.items() if p not in rest])
-        signed = [updates[p] for p in updates if self.base == "sign" or p in rest]
-        if vectors and signed and self.base != "identity":
-            torch._foreach_sign_(signed)
-
-    @contextmanager
-    def _flags(self, found_inf: Tensor | None) -> Iterator[None]:
-        """Have the template obey the exchange's flag, and unscale nothing again."""
-        kept = {name: vars(self).pop(name) for name in ("grad_scale", "found_inf") if name in vars(self)}
-        self.found_inf = found_inf
-        try:
-            yield
-        finally:
-            del self.found_inf
-            for name, value in kept.items():
-                setattr(self, name, value)
 
     def _steps_taken(self) -> float:
         return max((float(local(state["step"])) for state in self.state.values() if "step" in state), default=0.0)

@@ -1,6 +1,7 @@
 """`ExchangedGradients`: copies of local gradients that an optimizer averages by itself, bucket by bucket."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import final
 
 import torch
@@ -75,6 +76,19 @@ class ExchangedGradients:
         owners = {buffer.data_ptr(): p for p, buffer in self.buffers.items()}
         for names, buffers in self.buckets:
             self._communicator.read_state(name, [into[owners[buffer.data_ptr()]] for buffer in buffers], names)
+
+
+@contextmanager
+def obeying(optimizer: torch.optim.Optimizer, found_inf: Tensor | None) -> Iterator[None]:
+    """Have an optimizer obey the exchange's flag in place of a `GradScaler`'s, and unscale nothing again."""
+    kept = {name: vars(optimizer).pop(name) for name in ("grad_scale", "found_inf") if name in vars(optimizer)}
+    optimizer.found_inf = found_inf  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        del optimizer.found_inf  # type: ignore[attr-defined]
+        for name, value in kept.items():
+            setattr(optimizer, name, value)
 
 
 def check_shards(params: Iterable[Tensor], *, group_given: bool, whole: bool) -> None:

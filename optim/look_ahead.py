@@ -15,6 +15,7 @@ class LookAhead:
 
     def __init__(self) -> None:
         self._returning: dict[Tensor, Tensor] = {}
+        self._ahead = False
 
     def go(self, steps: Mapping[Tensor, Tensor]) -> None:
         """Remember these parameters, and add its step to each."""
@@ -26,8 +27,19 @@ class LookAhead:
         else:
             torch._foreach_copy_(list(self._returning.values()), params)
         torch._foreach_add_(params, list(steps.values()))
+        self._ahead = True
 
     def back(self) -> None:
-        """Bring them back."""
-        if self._returning:
+        """Bring them back, if they are ahead."""
+        if self._ahead:
             torch._foreach_copy_([local(p) for p in self._returning], list(self._returning.values()))
+            self._ahead = False
+
+    @torch.no_grad()
+    def swap(self) -> None:
+        """Bring them back and remember where they were, or the other way round."""
+        if self._ahead:
+            params = [local(p) for p in self._returning]
+            here = [p.clone() for p in params]
+            torch._foreach_copy_(params, list(self._returning.values()))
+            torch._foreach_copy_(list(self._returning.values()), here)

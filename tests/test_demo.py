@@ -346,6 +346,29 @@ def test_overlapped_looks_ahead_along_its_own_momentum() -> None:
     torch.testing.assert_close(weight.detach(), arrived - 1e-2 * second.sign())
 
 
+def test_evaluating_in_between_changes_nothing() -> None:
+    params = parameters()
+    others, bare = clones(params), clones(params)
+    optimizer, other, plain = make(params, form="overlapped"), make(others, form="overlapped"), make(bare)
+    with optimizer.returned():
+        assert_equal(params, bare)  # nothing has happened
+    for step in range(5):
+        for one, some in ((optimizer, params), (other, others)):
+            train(one, some, 1, seed=step)
+        with optimizer.returned():
+            ahead = max((p - q).abs().max().item() for p, q in zip(params, others, strict=True))
+            assert ahead == pytest.approx(1e-2)
+    assert_equal(params, others)
+    plain.synchronize()
+    plain.wait()  # the other forms have nothing in flight
+    with plain.returned():
+        assert_equal(bare, bare)
+    optimizer.synchronize()
+    with optimizer.returned():
+        other.synchronize()
+        assert_equal(params, others)
+
+
 # State.
 
 

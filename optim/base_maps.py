@@ -1,11 +1,31 @@
-"""`orthogonalize_`: the nearest orthonormal matrix, batched over matrices of equal shapes."""
+"""Maps of an update before a step is taken along it: its sign, or the nearest orthonormal matrix."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence, Set
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from gradwire.comm.orthogonalize import newton_schulz
+
+BaseMap = Literal["sign", "identity", "orthogonalized"]
+
+
+def map_(base: BaseMap, updates: Mapping[Tensor, Tensor], vectors: Set[Tensor], *, rest: bool) -> None:
+    """Map the updates of parameters, in place.
+
+    Args:
+        base: The map.
+        updates: By parameter.
+        vectors: Parameters that are no matrices, whatever their shape: of them, "orthogonalized" takes the sign.
+        rest: Whether to do so here.
+    """
+    others = vectors | {p for p, update in updates.items() if update.ndim < 2}
+    if base == "orthogonalized":
+        orthogonalize_([update for p, update in updates.items() if p not in others])
+    signed = [updates[p] for p in updates if base == "sign" or p in others]
+    if rest and signed and base != "identity":
+        torch._foreach_sign_(signed)
 
 
 def orthogonalize_(matrices: Sequence[Tensor]) -> None:

@@ -107,7 +107,8 @@ def main(
 
     def train(missing: list[Task]) -> Iterator[Record]:
         yield from deal(missing, train_once, teams=workers, title=lambda task: _title(vars(task)))
-        kept["overhead"] = overhead(blocks=2 if quick else _BLOCKS)  # when nothing else runs
+        batches, blocks = (_BATCHES[:1], 2) if quick else (_BATCHES, _BLOCKS)
+        kept["overhead"] = overhead(batches, blocks=blocks)  # when nothing else runs
         if output is not None:
             write_json(output, kept)
 
@@ -160,14 +161,14 @@ def _step(problem: Problem, optimizer: Any, step: int) -> None:
     optimizer.step()
 
 
-def overhead(*, blocks: int) -> Record:
+def overhead(batches: Sequence[int], *, blocks: int) -> Record:
     """Whole training steps with MKOR over those of its base alone, blocks of ten in turns."""
     ratios: dict[str, dict[str, float]] = {}
     base_ms: dict[str, float] = {}
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        for batch in _BATCHES:
+        for batch in batches:
             functions = {"AdamW": _block(batch, None)} | {name: _block(batch, made) for name, made in VARIANTS.items()}
             seconds = measure(functions, torch.device("cpu"), lambda found: dict.fromkeys(found, blocks))
             medians = {name: sorted(some)[len(some) // 2] for name, some in seconds.items()}

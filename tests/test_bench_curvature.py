@@ -90,7 +90,7 @@ def toy(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "SETTINGS", {"toy": setting})
         monkeypatch.setattr(module, "METHODS", {"plain": plain, "other": other})
     monkeypatch.setattr(curvature, "digest", lambda problem, corpus: "0")
-    monkeypatch.setattr(curvature, "overhead", lambda **_: OVERHEAD)
+    monkeypatch.setattr(curvature, "overhead", lambda *_, **__: OVERHEAD)
     monkeypatch.setattr(data, "standard_library", lambda: CORPUS)
 
 
@@ -180,7 +180,7 @@ def test_overhead_compares_whole_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(curvature, "CONTEXT", 4)
     monkeypatch.setattr(curvature, "_BLOCK", 2)
     threads = torch.get_num_threads()
-    found = curvature.overhead(blocks=2)
+    found = curvature.overhead(curvature._BATCHES, blocks=2)
     assert torch.get_num_threads() == threads
     assert found["ratios"].keys() == found["base_ms"].keys() == {"4", "16"}
     assert all(ratios.keys() == curvature.VARIANTS.keys() for ratios in found["ratios"].values())

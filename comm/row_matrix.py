@@ -85,6 +85,9 @@ class RowMatrix:
                 row += last - first
             self.bounds.append(row)
         self.rows = self.bounds[-1]
+        self._pieces_of: dict[int, list[Piece]] = {position: [] for position in members}  # in the tensor's order
+        for piece in sorted(self.pieces, key=lambda piece: piece.first):
+            self._pieces_of[piece.position].append(piece)
         self._runs, padding = self._split_sizes()
         self.padding = (self._tile_padding() if tile.matrix else torch.tensor(padding, dtype=torch.int64)).to(device)
         self._parts: dict[tuple[int, int], RowMatrix] = {}
@@ -157,7 +160,7 @@ class RowMatrix:
     def _load_tiles(self, x: Tensor, grads: Sequence[Tensor]) -> None:
         into, out = [], []
         for position, shape in self._shapes.items():
-            pieces = self._pieces_of(position)
+            pieces = self._pieces_of[position]
             if len(pieces) == 1 and self.workers == 1:
                 into.append(self.tile.blocks(self._run(x, pieces[0])[0], shape))
                 out.append(self.tile.padded(grads[position]))
@@ -170,16 +173,12 @@ class RowMatrix:
     def _store_tiles(self, mean: Tensor, grads: Sequence[Tensor]) -> None:
         for position, shape in self._shapes.items():
             grad = grads[position]
-            runs = [self._run(mean.view(1, -1), piece)[0] for piece in self._pieces_of(position)]
+            runs = [self._run(mean.view(1, -1), piece)[0] for piece in self._pieces_of[position]]
             tiles = runs[0] if len(runs) == 1 else torch.cat(runs)
             if self.workers == 1 and grad.is_contiguous() and self.tile.fits(shape):
                 self.tile.padded(grad).copy_(self.tile.blocks(tiles, shape))  # in one pass
             else:
                 grad.copy_(self.tile.join(tiles, shape))
-
-    def _pieces_of(self, position: int) -> list[Piece]:
-        """The pieces of one tensor, in its order."""
-        return sorted((piece for piece in self.pieces if piece.position == position), key=lambda piece: piece.first)
 
     def _run(self, x: Tensor, piece: Piece) -> Tensor:
         """The rows of a piece in `x [workers, rows * width]`: a view `[workers, rows of the piece, width]`."""
@@ -194,7 +193,7 @@ class RowMatrix:
                 tiles = torch.ones((), dtype=torch.bool).expand(self.tile.rows(shape), self.width)
             else:
                 tiles = self.tile.cut(torch.ones(shape, dtype=torch.bool))
-            for piece in self._pieces_of(position):
+            for piece in self._pieces_of[position]:
                 self._run(there, piece)[0].copy_(tiles[piece.first : piece.last])
         return torch.nonzero(~there[0]).flatten()
 

@@ -254,7 +254,7 @@ class DeMo(Optimizer):
             self._apply()
             return loss
         self._look_ahead.go(self._steps_ahead())
-        any_buffer = gradients.buckets[0][1][0]
+        any_buffer = gradients.buffers[gradients.buckets[0][1][0]]
         self._beside = self._beside or Beside(any_buffer.device)
         self._pending = self._beside.submit(gradients.average, any_buffer)
         return loss

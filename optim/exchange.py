@@ -45,7 +45,7 @@ class ExchangedGradients:
                     self.buckets.append(([], []))
                     size, last = 0, buffer.device
                 self.buckets[-1][0].append(name)
-                self.buckets[-1][1].append(buffer)
+                self.buckets[-1][1].append(p)
                 size += nbytes
 
     def take(self, params: Sequence[Tensor], factor: Tensor | float) -> None:
@@ -68,14 +68,13 @@ class ExchangedGradients:
 
     def average(self) -> None:
         """Replace what the buffers hold by its average over ranks; one step of the communicator."""
-        for i, (names, buffers) in enumerate(self.buckets, start=1):
-            self._communicator.average_(buffers, names, last=i == len(self.buckets))
+        for i, (names, params) in enumerate(self.buckets, start=1):
+            self._communicator.average_([self.buffers[p] for p in params], names, last=i == len(self.buckets))
 
     def read_state(self, name: str, into: Mapping[Tensor, Tensor]) -> None:
         """Copy a state of the communicator's feedback into one tensor per parameter; zero for what is sent dense."""
-        owners = {buffer.data_ptr(): p for p, buffer in self.buffers.items()}
-        for names, buffers in self.buckets:
-            self._communicator.read_state(name, [into[owners[buffer.data_ptr()]] for buffer in buffers], names)
+        for names, params in self.buckets:
+            self._communicator.read_state(name, [into[p] for p in params], names)
 
 
 @contextmanager

@@ -361,8 +361,10 @@ def test_evaluating_in_between_changes_nothing() -> None:
     assert_equal(params, others)
     plain.synchronize()
     plain.wait()  # the other forms have nothing in flight
+    train(plain, bare, 1)
+    before = clones(bare)
     with plain.returned():
-        assert_equal(bare, bare)
+        assert_equal(bare, before)
     optimizer.synchronize()
     with optimizer.returned():
         other.synchronize()

@@ -69,6 +69,22 @@ every_communicator = pytest.mark.parametrize("case", ONE_RANK, ids=lambda case: 
             ),
             "EF: expected a compressor that is a contraction, got BlockQuantize.bits=2",
         ),
+        (
+            lambda: Communicator(C.ChunkTopK(), feedback=EF(), exchange=comm.AllGather(merge="contributors")),
+            r"EF: expected the mean over all ranks, got AllGather\(merge='contributors'\)\. Use merge='mean'",
+        ),
+        (
+            lambda: Communicator(C.DCTTopK(values="sign"), feedback=EF()),
+            r"EF: expected a compressor that is a contraction, got DCTTopK.*values='sign'",
+        ),
+        (
+            lambda: Communicator(C.DCTTopK(), exchange=comm.TwoPhase(second=C.DCTTopK(values="sign"))),
+            "TwoPhase: expected a second compressor that keeps sizes, got DCTTopK.* Set second, or use AllGather",
+        ),
+        (
+            lambda: comm.AllGather(merge="median"),
+            "AllGather: expected merge 'mean' or 'contributors', got merge='median'",
+        ),
         (lambda: Simulated(0), "Simulated: expected workers >= 1, got workers=0"),
         (lambda: Warmup(Communicator(C.Identity()), Communicator(C.Identity()), -1), "Warmup: expected steps >= 0"),
         (

@@ -1,21 +1,38 @@
 """Gradient averaging over slow links: any compressor x any error feedback x any exchange."""
 
-from gradwire.comm import checkpoint
+from gradwire.comm import checkpoint, random_walk
 from gradwire.comm.attach import attach
 from gradwire.comm.averager import Averager
 from gradwire.comm.communicator import Communicator
 from gradwire.comm.ddp import keep_local
 from gradwire.comm.errors import CheckpointError, ConfigurationError
-from gradwire.comm.exchange import AllGather, AllReduce, Exchange, Hierarchical, Simulated, TwoPhase
-from gradwire.comm.feedback import EF, EF21, DecoupledMomentum, ErrorFeedback, NoFeedback
+from gradwire.comm.exchange import AllGather, AllReduce, Exchange, Gossip, Hierarchical, Simulated, TwoPhase
+from gradwire.comm.feedback import (
+    DIANA,
+    EF,
+    EF21,
+    EF21SGDM,
+    EF21W,
+    MARINA,
+    DecoupledMomentum,
+    EControl,
+    ErrorFeedback,
+    NoFeedback,
+)
+from gradwire.comm.mixing import choco_gossip_, choco_stepsize
 from gradwire.comm.plan import Plan
 from gradwire.comm.powersgd import PowerSGD
+from gradwire.comm.smoothness import estimate_smoothness
 from gradwire.comm.stats import Stats
 from gradwire.comm.warmup import Warmup
 
 __all__ = [
+    "DIANA",
     "EF",
     "EF21",
+    "EF21SGDM",
+    "EF21W",
+    "MARINA",
     "AllGather",
     "AllReduce",
     "Averager",
@@ -23,8 +40,10 @@ __all__ = [
     "Communicator",
     "ConfigurationError",
     "DecoupledMomentum",
+    "EControl",
     "ErrorFeedback",
     "Exchange",
+    "Gossip",
     "Hierarchical",
     "NoFeedback",
     "Plan",
@@ -35,5 +54,9 @@ __all__ = [
     "Warmup",
     "attach",
     "checkpoint",
+    "choco_gossip_",
+    "choco_stepsize",
+    "estimate_smoothness",
     "keep_local",
+    "random_walk",
 ]

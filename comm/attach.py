@@ -82,6 +82,8 @@ def attach(
         raise TypeError(f"attach: expected a communicator, got {type(communicator).__name__}.")
     if communicator.workers != 1:
         raise ValueError("attach: expected an exchange between processes, got Simulated; use average_ with it.")
+    if not communicator.consensus:
+        raise ValueError("attach: expected an exchange after which ranks agree, got Gossip; use average_ with it.")
     if communicator.attached:
         raise ValueError("attach: expected a communicator that is attached to nothing else. Make one for each host.")
     parameters = None if isinstance(host, DistributedDataParallel) else _named_parameters(host)

@@ -36,6 +36,8 @@ class Averager(ABC):
         self._layouts: set[tuple[tuple[str, torch.Size, torch.dtype], ...]] = set()
         self._shapes: dict[str, torch.Size] = {}
         self._step = 0
+        self.first_step = 0
+        """The step in which it averages for the first time; `Warmup` sets it."""
         self._dense_bytes = 0.0
         self._skipped: Tensor | int = 0
         self._bad: Tensor | None = None
@@ -49,6 +51,9 @@ class Averager(ABC):
 
     workers: int = 1
     """Workers whose gradients one call brings; more than one only in simulation."""
+
+    consensus: bool = True
+    """Whether all ranks end with the same mean."""
 
     # What a subclass implements.
 

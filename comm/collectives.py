@@ -6,6 +6,7 @@ thread. Anything that a backend refuses (float8, 16-bit integers) travels as uin
 
 import contextlib
 import datetime
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, final
@@ -105,6 +106,22 @@ class Collectives:
         out = flat.new_empty(sum(received))
         self._run(dist.all_to_all_single, out, flat, list(received), sizes)
         return list(torch.split(out, list(received)))
+
+    def send(self, message: Tensor, rank: int) -> None:
+        """Send a message to one rank, which must be at `receive_` for it."""
+        self._count(message, 1)
+        self._run(functools.partial(dist.send, group_dst=rank), message)
+
+    def receive_(self, message: Tensor, rank: int) -> None:
+        """Fill a buffer with what this rank sends."""
+        self._run(functools.partial(dist.recv, group_src=rank), message)
+
+    def broadcast_(self, message: Tensor, rank: int) -> None:
+        """Copy one rank's buffer to all."""
+        if self.rank == rank:
+            self._count(message, self.size - 1)
+        if self.size > 1:
+            self._run(functools.partial(dist.broadcast, group_src=rank), message)
 
     def gather_bytes(self, data: bytes, device: torch.device) -> list[bytes]:
         """Every rank's byte string, of any length; for agreement at start, not counted."""

@@ -19,6 +19,8 @@ from gradwire.comm.encoder import Encoder, encode_kernel, is_bad
 from gradwire.comm.exchange import AllGather, AllReduce, Exchange
 from gradwire.comm.exchange.base import Bundle
 from gradwire.comm.feedback import ErrorFeedback, NoFeedback
+from gradwire.comm.legality import check
+from gradwire.comm.participation import Cohort
 from gradwire.comm.plan import Plan
 from gradwire.comm.row_matrix import RowMatrix
 from gradwire.comm.row_state import RowState
@@ -60,6 +62,8 @@ class Communicator(Averager):
         feedback: How what is not sent is remembered; none by default.
         exchange: How payloads become their mean; `AllReduce` where payloads may be added, else `AllGather`.
         plan: What is compressed and what is sent dense.
+        participants: How many of the ranks (or simulated workers) take part in a step, drawn anew in each; all by
+            default. Those that do not send zeros, which saves bytes in simulation only.
         group: The ranks that take part; all ranks by default.
         seed: Seed of all random draws; equal on all ranks.
         fused: Compile compensation, compression and the state's update into one kernel with `torch.compile`, once per
@@ -96,6 +100,7 @@ class Communicator(Averager):
         feedback: ErrorFeedback | None = None,
         exchange: Exchange | None = None,
         plan: Plan | None = None,
+        participants: int | None = None,
         group: dist.ProcessGroup | None = None,
         seed: int = 0,
         fused: bool = False,
@@ -107,16 +112,11 @@ class Communicator(Averager):
         default = AllReduce() if compressor.reduction == "sum" else AllGather()
         self.exchange = copy.deepcopy(exchange) if exchange is not None else default  # its own: it will be connected
         self.plan = plan or Plan()
-        self.exchange.check(compressor)
-        _check_requirement(self.feedback, compressor)
-        if self.exchange.second is not None:
-            _check_requirement(self.feedback, self.exchange.second)
-        if self.feedback.needs_mean and self.exchange.merge != "mean":
-            raise ValueError(
-                f"{type(self.feedback).__name__}: expected the mean over all ranks, got {self.exchange!r}. "
-                "Use merge='mean', or DecoupledMomentum."
-            )
-        self.workers = self.exchange.workers
+        self.participants = participants
+        check(compressor, self.feedback, self.exchange, participants)
+        self.feedback = self.feedback.fit(compressor)
+        self.exchange.weights = self.feedback.weights
+        self.workers, self.consensus = self.exchange.workers, self.exchange.consensus
         self._buckets: Buckets[_Bucket] = Buckets()
         self._kernel = encode_kernel(compressor, self.feedback, fused=fused)
         self._fused = fused
@@ -129,7 +129,7 @@ class Communicator(Averager):
             "exchange": repr(self.exchange),
             "plan": repr(self.plan),
             "seed": str(self.seed),
-        }
+        } | ({} if self.participants is None else {"participants": str(self.participants)})
 
     def __repr__(self) -> str:
         return "Communicator(" + ", ".join(f"{key}={value}" for key, value in self.config().items()) + ")"
@@ -139,25 +139,13 @@ class Communicator(Averager):
     def _average(self, grads: Sequence[Tensor], names: Sequence[str]) -> Tensor:
         bucket = self._buckets.get(names, lambda: self._new_bucket(grads, names))
         scale = self.loss_scale()
-        dense, bad = self._reduce_dense(bucket, grads)
+        cohort = self._cohort(grads[0].device)
+        dense, bad = self._reduce_dense(bucket, grads, cohort)
 
-        bundles = []
-        for matrix, state, encoder in zip(bucket.matrices, bucket.states, bucket.encoders, strict=True):
-            held = self.exchange.held(matrix)
-            x = self.exchange.enter(matrix, matrix.load(grads, 1.0 / scale))
-            keys = self._keys(held)
-            parts, not_finite = encoder.encode(x, keys, state.feedback, state.begin())
-            if not (self.compressor.preserves_zero or self.compressor.changes_basis):
-                state.clear_padding()
-            bundles.append(Bundle(held, parts, keys, state.exchange))
-            bad = bad | not_finite
-
-        means, bad = self._exchange(bucket, bundles, bad)
-        estimates = []
-        for mean, matrix, state in zip(means, bucket.matrices, bucket.states, strict=True):
-            estimate, replicated = self.feedback.estimate(mean, state.feedback)
-            state.stage(replicated)
-            estimates.append(self.compressor.inverse_transform_rows(estimate, matrix.tile))
+        if self.feedback.sends_dense(self._step - self.first_step, self.seed):
+            estimates, bad = self._restart(bucket, grads, scale, bad)
+        else:
+            estimates, bad = self._compress(bucket, grads, scale, cohort, bad)
         estimates, bad = self.exchange.leave(bucket.matrices, estimates, bad)
 
         for estimate in estimates:
@@ -168,6 +156,53 @@ class Communicator(Averager):
             _unflatten(mean * poisoned(1.0, bad), grads, members)
         return bad
 
+    def _compress(
+        self, bucket: _Bucket, grads: Sequence[Tensor], scale: Tensor | float, cohort: Cohort | None, bad: Tensor
+    ) -> tuple[list[Tensor], Tensor]:
+        """Compensate, compress, exchange, estimate."""
+        bundles = []
+        for matrix, state, encoder in zip(bucket.matrices, bucket.states, bucket.encoders, strict=True):
+            held = self.exchange.held(matrix)
+            x = self.exchange.enter(matrix, matrix.load(grads, 1.0 / scale))
+            if self.feedback.weights is not None:
+                x = x / self._own_weights(x)
+            keys = self._keys(held)
+            present = None if cohort is None else cohort.of_rows(held.rows)
+            parts, not_finite = encoder.encode(x, keys, state.feedback, state.begin(), present)
+            if not (self.compressor.preserves_zero or self.compressor.changes_basis):
+                state.clear_padding()
+            bundles.append(Bundle(held, parts, keys, state.exchange))
+            bad = bad | not_finite
+
+        means, bad = self._exchange(bucket, bundles, bad)
+        estimates = []
+        for mean, matrix, state in zip(means, bucket.matrices, bucket.states, strict=True):
+            if cohort is not None and self.feedback.absence == "left out":
+                mean.div_(cohort.share)
+            estimate, replicated = self.feedback.estimate(mean, state.feedback)
+            state.stage(replicated)
+            estimates.append(self.compressor.inverse_transform_rows(estimate, matrix.tile))
+        return estimates, bad
+
+    def _restart(
+        self, bucket: _Bucket, grads: Sequence[Tensor], scale: Tensor | float, bad: Tensor
+    ) -> tuple[list[Tensor], Tensor]:
+        """Average as they are the gradients that feedback begins with."""
+        estimates = []
+        for matrix, state in zip(bucket.matrices, bucket.states, strict=True):
+            x = self.exchange.enter(matrix, matrix.load(grads, 1.0 / scale))
+            x = self.compressor.transform_rows(x, matrix.tile)
+            mean, bad = self.exchange.dense_mean(x, bad)
+            if self.feedback.weights is not None:
+                x = x / self._own_weights(x)
+            own, replicated = self.feedback.restart(x, mean)
+            for name, value in state.begin().items():
+                value.copy_(own[name])
+            state.stage(replicated)
+            state.stage_exchange({name: torch.zeros_like(value) for name, value in state.exchange.items()})
+            estimates.append(self.compressor.inverse_transform_rows(mean, matrix.tile))
+        return estimates, bad
+
     def _exchange(self, bucket: _Bucket, bundles: Sequence[Bundle], bad: Tensor) -> tuple[list[Tensor], Tensor]:
         if not bundles:
             return [], bad
@@ -176,17 +211,36 @@ class Communicator(Averager):
             state.stage_exchange(new)
         return outcome.means, outcome.bad
 
-    def _reduce_dense(self, bucket: _Bucket, grads: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
-        """All-reduce what the plan sends dense, in its own dtype."""
+    def _reduce_dense(
+        self, bucket: _Bucket, grads: Sequence[Tensor], cohort: Cohort | None
+    ) -> tuple[list[Tensor], Tensor]:
+        """Average over those that take part what the plan sends dense, in its own dtype."""
         any_bad = torch.zeros((), dtype=torch.bool, device=grads[0].device)
         means = []
         for members in bucket.dense.values():
             flat = torch.cat([grads[position].reshape(self.workers, -1) for position in members], dim=1)
+            if cohort is not None:
+                flat = flat * cohort.present[:, None] / cohort.share
             flat = flat.mean(dim=0) if self.workers > 1 else flat[0]
             total = self.connect().all_reduce_(flat, uncompressed=flat.numel())
             any_bad = any_bad | is_bad(total)  # of any rank, since inf and NaN survive addition; or of the sum itself
             means.append(total / self.connect().size)
         return means, any_bad
+
+    def _cohort(self, device: torch.device) -> Cohort | None:
+        """Who takes part in this step, among this process's workers."""
+        if self.participants is None:
+            return None
+        ranks = self.connect()
+        key = counter_rng.fold("cohort", self.seed, self._step)
+        return Cohort.draw(key, self.participants, ranks.size * self.workers, ranks.rank, self.workers, device)
+
+    def _own_weights(self, x: Tensor) -> Tensor:
+        """The weights of this process's workers, one for each of their rows: `[rows, 1]`."""
+        assert self.feedback.weights is not None
+        first = self.connect().rank * self.workers
+        own = torch.tensor(self.feedback.weights[first : first + self.workers], dtype=x.dtype)
+        return own.repeat_interleave(x.shape[0] // self.workers)[:, None].to(x.device)
 
     def _keys(self, held: RowMatrix) -> Tensor | None:
         """Random keys of this step's rows: equal on all ranks if randomness is shared, else each rank its own."""
@@ -276,6 +330,18 @@ class Communicator(Averager):
         self._buckets.load(rows)
 
     def _connected(self, ranks: Collectives) -> None:
+        workers = ranks.size * self.workers
+        if self.feedback.weights is not None and len(self.feedback.weights) != workers:
+            raise ValueError(
+                f"{type(self.feedback).__name__}: expected a smoothness constant for each of {workers} workers, got "
+                f"{len(self.feedback.weights)}."
+            )
+        if self.participants is not None:
+            if not 1 <= self.participants <= workers:
+                raise ValueError(
+                    f"Communicator: expected 1 <= participants <= {workers}, got participants={self.participants}."
+                )
+            self.exchange.participation = self.participants / workers
         self.exchange.connect(ranks, feedback=bool(self.feedback.state))
 
     def _commit(self, bad: Tensor) -> None:
@@ -295,18 +361,3 @@ def _unflatten(flat: Tensor, grads: Sequence[Tensor], members: Sequence[int]) ->
     runs = torch.split(flat, [shape.numel() // workers for shape in shapes])
     for position, run in zip(members, runs, strict=True):
         grads[position].copy_(run.view(grads[position].shape[1:] if workers > 1 else grads[position].shape))
-
-
-def _check_requirement(feedback: ErrorFeedback, compressor: Compressor) -> None:
-    """Raise ValueError if the feedback mechanism does not converge with this compressor."""
-    numel = 1 << 20
-    name = type(feedback).__name__
-    if feedback.requires == "contraction" and compressor.contraction(numel) is None:
-        biased = "Set unbiased=False or stochastic=False, or use" if compressor.omega(numel) else "Use another, or"
-        raise ValueError(
-            f"{name}: expected a compressor that is a contraction, got {compressor!r}. {biased} no feedback."
-        )
-    if feedback.requires == "unbiased" and compressor.omega(numel) is None:
-        raise ValueError(
-            f"{name}: expected an unbiased compressor, got {compressor!r}. Set unbiased=True or stochastic=True."
-        )

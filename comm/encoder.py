@@ -28,13 +28,16 @@ def encode_kernel(compressor: Compressor, feedback: ErrorFeedback, *, fused: boo
         state: Mapping[str, Tensor],
         parts: Sequence[Tensor],
         out: Mapping[str, Tensor],
+        present: Tensor | None,
     ) -> Tensor:
         target = feedback.compensate(x, state)
+        if present is not None:
+            target = target * present  # keeps what is not finite, so that the step is skipped
         # Most payloads show by themselves, after the exchange, what was not finite; that saves a pass.
         bad = is_bad(target if not compressor.carries_non_finite else target[:0])
         if out:
             made, sent = compressor.compress_rows_with_sent(target, dtype, keys)
-            for name, new in feedback.update(target, sent, state).items():
+            for name, new in feedback.update(target, sent.to(target.dtype), state).items():
                 out[name].copy_(new)
         else:
             made = compressor.compress_rows(target, dtype, keys)
@@ -85,7 +88,12 @@ class Encoder:
         self._blocks = [slice(first, first + step) for first in range(0, rows, step)]
 
     def encode(
-        self, x: Tensor, keys: Tensor | None, state: Mapping[str, Tensor], out: Mapping[str, Tensor]
+        self,
+        x: Tensor,
+        keys: Tensor | None,
+        state: Mapping[str, Tensor],
+        out: Mapping[str, Tensor],
+        present: Tensor | None = None,
     ) -> tuple[tuple[Tensor, ...], Tensor]:
         """Encode `x [rows, width]`.
 
@@ -94,6 +102,7 @@ class Encoder:
             keys: Random keys `[rows]`, if the compressor needs them.
             state: The feedback's state.
             out: Where the new values of the rank's own state go.
+            present: `[rows, 1]` bool: whether the worker of a row takes part; all do by default.
 
         Returns:
             The parts of the payload, valid until the next call, and 0-d bool: whether an entry is not finite.
@@ -107,6 +116,7 @@ class Encoder:
                 {name: state[name][block] for name in out},
                 [part[block] for part in self._parts],
                 {name: value[block] for name, value in out.items()},
+                None if present is None else present[block],
             )
         return self._parts, bad
 

@@ -49,6 +49,8 @@ class Warmup(Averager):
         super().__init__(then.group, then.seed, timeout if timeout is not None else then.timeout)
         self.first, self.then, self.steps = first, then, steps
         self.workers = then.workers
+        self.consensus = first.consensus and then.consensus
+        then.first_step = steps
 
     def config(self) -> dict[str, str]:
         """Hyper-parameters of both, and the number of steps."""

@@ -111,6 +111,11 @@ class Compressor(ABC):
         return True
 
     @property
+    def rescales(self) -> bool:
+        """Whether entries that are sent as they are arrive multiplied by another number than 1."""
+        return False
+
+    @property
     def reduction(self) -> Reduction:
         """What may be done with payloads: "sum": added before decompression (all-reduce); "gather": only gathered."""
         return "gather"

@@ -11,7 +11,7 @@ from gradwire.compression.base import Compressor, Part, Randomness
 from gradwire.compression.bits import packed_columns
 from gradwire.compression.checks import check_choice, check_positive, check_scale
 from gradwire.compression.planes import pack_planes, unpack_planes
-from gradwire.compression.rounding import stochastic_round
+from gradwire.compression.rounding import round_to_levels
 
 
 @final
@@ -100,11 +100,7 @@ class BlockQuantize(Compressor):
         """Levels -L..L `[rows, width]` and scales `[rows, 1]`, float32."""
         x = x.float()
         scale = x.abs().amax(dim=1, keepdim=True) / self._levels
-        # Division, since the reciprocal of a scale below 3e-39 is infinite; a scale of zero divides nothing.
-        scaled = x / torch.where(scale == 0, torch.inf, scale)
-        level = stochastic_round(scaled, keys) if self.stochastic else scaled.round()
-        # A scale with few bits left (below 1e-38) can put the largest entry beyond the last level.
-        return level.clamp(-self._levels, self._levels), scale
+        return round_to_levels(x, scale, self._levels, keys if self.stochastic else None), scale
 
     def decompress_rows(self, parts: tuple[Tensor, ...], width: int, keys: Tensor | None = None) -> Tensor:
         """Unpack, undo the scaling."""

@@ -136,8 +136,11 @@ class Chain(Compressor):
         """The product of the two.
 
         The first keeps entries as they are, so ||x - C1 x||^2 = ||x||^2 - ||C1 x||^2; the second's error lies on the
-        kept entries, so it adds: E||x - C x||^2 <= ||x||^2 - d2 ||C1 x||^2 <= (1 - d1 d2) ||x||^2.
+        kept entries, so it adds: E||x - C x||^2 <= ||x||^2 - d2 ||C1 x||^2 <= (1 - d1 d2) ||x||^2. None is known for a
+        first that rescales them.
         """
+        if self.first.rescales:
+            return None
         k = self._values_per_row(numel)
         first, second = self.first.contraction(numel), None if k is None else self.second.contraction(k)
         return None if first is None or second is None else first * second

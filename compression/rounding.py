@@ -22,6 +22,36 @@ def round_up_below(x: Tensor, uniform: Tensor) -> Tensor:
     return low + (uniform < x - low)
 
 
+def round_to_levels(x: Tensor, step: Tensor, levels: int, keys: Tensor | None) -> Tensor:
+    """The multiple of its row's `step` to which each entry is rounded: a whole number from -levels to levels.
+
+    Args:
+        x: `[rows, columns]` float32, no magnitude above `levels` steps.
+        step: `[rows, 1]`, 0 for a row of zeros.
+        levels: The largest multiple, >= 1.
+        keys: Random keys `[rows]` to round without bias; None to round to nearest, ties to even.
+    """
+    # Division, since the reciprocal of a step below 3e-39 is infinite; a step of zero divides nothing.
+    scaled = x / torch.where(step == 0, torch.inf, step)
+    level = scaled.round() if keys is None else stochastic_round(scaled, keys)
+    # A step with few bits left (below 1e-38) can put the largest entry beyond the last level.
+    return level.clamp(-levels, levels)
+
+
+def binade(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Exponent field e (int32) and fraction f in [0, 1) of float32 numbers >= 0: x = 2^(e - 127) (1 + f).
+
+    Below 2^-126 e is 0 and x = 2^-126 f; for infinity and NaN e is 255.
+    """
+    word = x.view(torch.int32)
+    return word >> 23, (word & 0x7FFFFF) * 2.0**-23
+
+
+def power_of_two(exponent: Tensor) -> Tensor:
+    """2^(e - 127) as float32 for an exponent field e (int32) from 1 to 254; 0 for 0, infinity for 255."""
+    return (exponent << 23).view(torch.float32)
+
+
 def round_to_format(x: Tensor, dtype: torch.dtype, uniform: Tensor) -> Tensor:
     """Round float32 to a number of a narrower format, up or down with expectation x.
 

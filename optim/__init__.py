@@ -8,6 +8,8 @@ from gradwire.optim.demo import DeMo
 from gradwire.optim.diffgrad import DiffGrad
 from gradwire.optim.lamb import LAMB
 from gradwire.optim.laprop import LaProp
+from gradwire.optim.masha1 import MASHA1
+from gradwire.optim.masha2 import MASHA2
 from gradwire.optim.mkor import MKOR
 from gradwire.optim.mkorh import MKORH
 from gradwire.optim.release import in_backward
@@ -15,6 +17,8 @@ from gradwire.optim.sgdp import SGDP
 
 __all__ = [
     "LAMB",
+    "MASHA1",
+    "MASHA2",
     "MKOR",
     "MKORH",
     "SGDP",

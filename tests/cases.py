@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
-from reference import adafactor, demo, feedback, lamb, mkor, optimizers, quantizers, sparsifiers
+from reference import adafactor, demo, feedback, lamb, masha, mkor, optimizers, quantizers, sparsifiers
 
 from gradwire import comm, optim
 from gradwire import compression as C
@@ -85,10 +86,12 @@ def _composed(
     feedback: comm.ErrorFeedback | None = None,
     exchange: Callable[[], comm.Exchange] | None = None,
     inside: int = 1,
+    participants: int | None = None,
 ) -> CommunicatorCase:
     def make(**options: Any) -> comm.Communicator:
         made = exchange() if exchange is not None and "exchange" not in options else None
-        return comm.Communicator(compressor, **{"feedback": feedback, "exchange": made, **options})
+        given = {"feedback": feedback, "exchange": made, "participants": participants}
+        return comm.Communicator(compressor, **{**given, **options})
 
     return CommunicatorCase(name, make, inside)
 
@@ -162,6 +165,42 @@ COMPRESSORS: list[CompressorCase] = [
         ),
     ),
     CompressorCase(
+        C.ThresholdTopK(ratio=0.1),
+        partial(sparsifiers.threshold_top_k, ratio=0.1, mantissa_bits=5),
+        rtol=0,
+        errors=(
+            ({"ratio": 0.0}, r"ThresholdTopK: expected 0 < ratio <= 1, got ratio=0\.0\."),
+            ({"mantissa_bits": 8}, r"expected an integer mantissa_bits in 0\.\.7, got mantissa_bits=8"),
+            ({"mantissa_bits": 2.0}, r"got mantissa_bits=2\.0"),
+        ),
+    ),
+    CompressorCase(
+        C.ThresholdTopK(ratio=0.3, mantissa_bits=0),
+        partial(sparsifiers.threshold_top_k, ratio=0.3, mantissa_bits=0),
+        rtol=0,
+    ),
+    CompressorCase(
+        C.DARE(drop=0.8, chunk=64),
+        partial(sparsifiers.dare, drop=0.8),
+        errors=(
+            ({"drop": 1.0}, r"DARE: expected 0 <= drop < 1, got drop=1\.0"),
+            ({"drop": -0.1}, r"got drop=-0\.1"),
+            ({"chunk": 1}, "expected 2 <= chunk <= 65536, got chunk=1"),
+            ({"chunk": 64.0}, r"expected an integer chunk >= 1, got chunk=64\.0"),
+        ),
+    ),
+    CompressorCase(C.DARE(drop=0.25, chunk=30), partial(sparsifiers.dare, drop=0.25)),
+    CompressorCase(
+        C.DAREx(drop=0.8, rescale=1.5, chunk=64),
+        partial(sparsifiers.dare, drop=0.8, rescale=1.5),
+        errors=(
+            ({"drop": 1.5}, r"DAREx: expected 0 <= drop < 1, got drop=1\.5"),
+            ({"drop": 0.5, "rescale": 2.5}, r"DAREx: expected 1 <= rescale <= 2, got rescale=2\.5"),
+            ({"rescale": 0.5}, r"got rescale=0\.5"),
+        ),
+    ),
+    CompressorCase(C.DAREx(drop=0.0, chunk=16), partial(sparsifiers.dare, drop=0.0, rescale=1.0), rtol=0),
+    CompressorCase(
         C.DCTTopK(k=4, chunk=16, values="fp32"),
         partial(sparsifiers.top_k_of_tile, k=4, chunk=16),
         rtol=0,
@@ -209,6 +248,59 @@ COMPRESSORS: list[CompressorCase] = [
         ),
     ),
     CompressorCase(C.BlockQuantize(bits=2, block=10, stochastic=True), partial(quantizers.block_quantize, bits=2)),
+    # Unbiased quantisers.
+    CompressorCase(
+        C.QSGD(),
+        partial(quantizers.linear_dithering, levels=7, norm=2),
+        errors=(
+            ({"levels": 0}, "QSGD: expected an integer levels >= 1, got levels=0"),
+            ({"levels": 32768}, "QSGD: expected levels <= 32767 with linear spacing, got levels=32768"),
+            ({"bucket": 0}, "QSGD: expected an integer bucket >= 1, got bucket=0"),
+        ),
+    ),
+    CompressorCase(C.QSGD(levels=1, bucket=64), partial(quantizers.linear_dithering, levels=1, norm=2)),
+    CompressorCase(C.QSGD(levels=12, bucket=100), partial(quantizers.linear_dithering, levels=12, norm=2)),
+    CompressorCase(
+        C.RandomDithering(),
+        partial(quantizers.natural_dithering, levels=7, norm=np.inf),
+        errors=(
+            ({"levels": 128}, "RandomDithering: expected levels <= 127 with natural spacing, got levels=128"),
+            ({"norm": 3}, r"RandomDithering: expected norm in \(1, 2, 'inf'\), got norm=3"),
+            ({"spacing": "log"}, r"expected spacing in \('linear', 'natural'\), got spacing='log'"),
+        ),
+    ),
+    CompressorCase(
+        C.RandomDithering(levels=3, norm=1, bucket=24),
+        partial(quantizers.natural_dithering, levels=3, norm=1),
+    ),
+    CompressorCase(
+        C.RandomDithering(levels=127, norm=2, bucket=40),
+        partial(quantizers.natural_dithering, levels=127, norm=2),
+    ),
+    CompressorCase(
+        C.RandomDithering(levels=30, norm=1, spacing="linear", bucket=40),
+        partial(quantizers.linear_dithering, levels=30, norm=1),
+    ),
+    CompressorCase(
+        C.TernGrad(),
+        quantizers.terngrad,
+        errors=(
+            ({"bucket": 0}, "TernGrad: expected an integer bucket >= 1, got bucket=0"),
+            ({"clip": 0.0}, r"TernGrad: expected a finite clip > 0 or None, got clip=0\.0"),
+            ({"clip": float("inf")}, "finite clip > 0 or None, got clip=inf"),
+        ),
+    ),
+    CompressorCase(C.TernGrad(bucket=33), quantizers.terngrad),
+    CompressorCase(C.TernGrad(bucket=100, clip=1.5), partial(quantizers.terngrad, clip=1.5)),
+    CompressorCase(C.NaturalCompression(), quantizers.natural_compression),
+    CompressorCase(
+        C.Scaled(C.QSGD(levels=1, bucket=100)),
+        partial(quantizers.scaled, inner=partial(quantizers.linear_dithering, levels=1, norm=2), omega=9),
+        errors=(
+            ({"compressor": C.ChunkTopK()}, "Scaled: expected an unbiased compressor, got ChunkTopK.* Use it as it is"),
+            ({"compressor": C.TernGrad(clip=2.5)}, "Scaled: .*clip=None"),
+        ),
+    ),
 ]
 
 OPTIMIZERS: list[OptimizerCase] = [
@@ -430,6 +522,11 @@ PRECONDITIONERS: list[tuple[type[torch.optim.Optimizer], Callable[..., Any]]] = 
     (optim.MKORH, mkor.mkorh),
 ]
 
+GAMES: list[tuple[type[torch.optim.Optimizer], Callable[..., Any]]] = [  # their suite: tests/test_masha*.py
+    (optim.MASHA1, masha.masha1),
+    (optim.MASHA2, masha.masha2),
+]
+
 FEEDBACKS: list[FeedbackCase] = [
     FeedbackCase(comm.NoFeedback(), feedback.none),
     FeedbackCase(
@@ -437,6 +534,43 @@ FEEDBACKS: list[FeedbackCase] = [
     ),
     FeedbackCase(comm.EF(decay=0.75), partial(feedback.ef, decay=0.75)),
     FeedbackCase(comm.EF21(), feedback.ef21),
+    FeedbackCase(comm.EF21(dense_start=True), partial(feedback.ef21, dense_start=True)),
+    FeedbackCase(
+        comm.EF21W(smoothness=(1.0, 4.0, 0.25)),
+        partial(feedback.ef21_w, smoothness=(1.0, 4.0, 0.25)),
+        errors=(
+            ({"smoothness": ()}, r"a finite smoothness > 0 of every worker, got \(\)"),
+            ({"smoothness": (1.0, 0.0)}, r"got \(1\.0, 0\.0\)"),
+            ({"smoothness": (1.0, float("nan"))}, r"got \(1\.0, nan\)"),
+        ),
+    ),
+    FeedbackCase(
+        comm.EF21W(smoothness=(3.0, 1.0, 8.0), dense_start=True),
+        partial(feedback.ef21_w, smoothness=(3.0, 1.0, 8.0), dense_start=True),
+    ),
+    FeedbackCase(
+        comm.EF21SGDM(),
+        partial(feedback.ef21_sgdm, eta=0.1),
+        errors=(({"eta": 0.0}, r"0 < eta <= 1, got eta=0\.0"), ({"eta": 1.5}, r"got eta=1\.5")),
+    ),
+    FeedbackCase(comm.EF21SGDM(0.5, dense_start=True), partial(feedback.ef21_sgdm, eta=0.5, dense_start=True)),
+    FeedbackCase(
+        comm.EControl(eta=0.05),
+        partial(feedback.econtrol, eta=0.05),
+        errors=(({"eta": -0.1}, r"0 <= eta <= 1, got eta=-0\.1"), ({"eta": 1.5}, r"got eta=1\.5")),
+    ),
+    FeedbackCase(comm.EControl(eta=0.1, dense_start=True), partial(feedback.econtrol, eta=0.1, dense_start=True)),
+    FeedbackCase(
+        comm.DIANA(),
+        partial(feedback.diana, rate=0.25),
+        errors=(({"rate": 0.0}, r"0 < rate <= 1, got rate=0\.0"), ({"rate": 2.0}, r"got rate=2\.0")),
+    ),
+    FeedbackCase(comm.DIANA(rate=0.1), partial(feedback.diana, rate=0.1)),
+    FeedbackCase(
+        comm.MARINA(),
+        partial(feedback.marina, dense=(0, 1, 2, 6, 15, 18, 20, 23, 27, 28)),
+        errors=(({"probability": 0.0}, r"0 < probability <= 1, got probability=0\.0"), ({"probability": 2.0}, "got")),
+    ),
     FeedbackCase(
         comm.DecoupledMomentum(decay=0.9),
         partial(feedback.decoupled_momentum, decay=0.9),
@@ -475,6 +609,20 @@ COMMUNICATORS: list[CommunicatorCase] = [
     _composed("chunk-EF21", _CHUNK, comm.EF21()),
     _composed("chunk-EF-two-phase-int8", _CHUNK, comm.EF(), lambda: comm.TwoPhase(second=_INT8)),
     _composed("chunk-EF-hierarchical", _CHUNK, comm.EF(), lambda: comm.Hierarchical(2, comm.AllGather()), inside=2),
+    _composed("chunk-EF21-dense-start", _CHUNK, comm.EF21(dense_start=True)),
+    _composed("chunk-EF21-one-participant", _CHUNK, comm.EF21(), participants=1),
+    _composed("chunk-EF21SGDM", _CHUNK, comm.EF21SGDM()),
+    _composed("chunk-EControl", _CHUNK, comm.EControl()),
+    _composed("chunk-EControl-two-phase-int8", _CHUNK, comm.EControl(), lambda: comm.TwoPhase(second=_INT8)),
+    _composed(
+        "chunk-EF21-dense-start-hierarchical",
+        _CHUNK,
+        comm.EF21(dense_start=True),
+        lambda: comm.Hierarchical(2, comm.TwoPhase(second=_INT8)),
+        inside=2,
+    ),
+    _composed("int2-DIANA", C.BlockQuantize(bits=2, block=256, stochastic=True), comm.DIANA()),
+    _composed("int8-MARINA", C.BlockQuantize(bits=8, block=256, stochastic=True), comm.MARINA(probability=0.25)),
     _composed("sign-EF", C.ScaledSign(width=256), comm.EF()),
     _composed("sign-EF-two-phase", C.ScaledSign(width=256), comm.EF(), comm.TwoPhase),
     _composed("sign-EF21-two-phase-int8", C.ScaledSign(width=256), comm.EF21(), lambda: comm.TwoPhase(second=_INT8)),
@@ -493,6 +641,18 @@ COMMUNICATORS: list[CommunicatorCase] = [
     _composed("random-k", C.RandomK(k=8, chunk=256)),
     _composed("random-k-EF", _RANDOM_K, comm.EF()),
     _composed("random-k-EF-two-phase-int8", _RANDOM_K, comm.EF(), lambda: comm.TwoPhase(second=_INT8)),
+    _composed("threshold-EF", C.ThresholdTopK(ratio=0.05), comm.EF()),
+    _composed("threshold-EF21", C.ThresholdTopK(ratio=0.05), comm.EF21()),
+    _composed("dare", C.DARE(drop=0.9, chunk=256)),
+    _composed("dare-DIANA", C.DARE(drop=0.9, chunk=256), comm.DIANA()),
+    _composed("darex-EF", C.DAREx(drop=0.9, chunk=256), comm.EF()),
+    _composed("qsgd-DIANA", C.QSGD(bucket=256), comm.DIANA()),
+    _composed("qsgd-two-phase-int8", C.QSGD(bucket=256), exchange=lambda: comm.TwoPhase(second=_INT8)),
+    _composed("dithering-EF", C.RandomDithering(bucket=256), comm.EF()),
+    _composed("terngrad-clipped", C.TernGrad(bucket=256, clip=2.5)),
+    _composed("natural-EF21", C.NaturalCompression(), comm.EF21()),
+    _composed("scaled-qsgd-EF21", C.Scaled(C.QSGD(levels=1, bucket=256)), comm.EF21()),
+    _composed("chain-chunk-scaled-terngrad-EF", C.Chain(_CHUNK, C.Scaled(C.TernGrad(bucket=8))), comm.EF()),
     _composed("chain-chunk-int8-EF", C.Chain(_CHUNK, C.BlockQuantize(bits=8, block=8)), comm.EF()),
     _composed("chain-chunk-int8-EF21", C.Chain(_CHUNK, C.BlockQuantize(bits=8, block=8)), comm.EF21()),
     _composed("chain-random-k-bf16-EF", C.Chain(_RANDOM_K, C.Cast("bfloat16")), comm.EF()),

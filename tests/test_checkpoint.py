@@ -226,7 +226,7 @@ def _load_expecting(folder: str, error: str, k: int) -> None:
 def _load_other_families(folder: str) -> None:
     expected = {
         r"expected communicator=PowerSGD .*, got communicator=Communicator": BY_NAME["powersgd"].make(),
-        r"expected feedback=EF21\(\) .*, got feedback=EF\(decay=1\.0\)": BY_NAME["chunk-EF21"].make(),
+        r"expected feedback=EF21\(dense_start=False\) .*, got feedback=EF\(decay=1\.0\)": BY_NAME["chunk-EF21"].make(),
         r"expected exchange=Hierarchical.*, got exchange=AllGather\(\)": Communicator(
             ChunkTopK(k=8, chunk=256), feedback=EF(), exchange=Hierarchical(2, AllGather())
         ),

@@ -9,7 +9,18 @@ from cases import COMPRESSORS, CompressorCase
 from torch import Tensor
 
 from gradwire import compression
-from gradwire.compression import Chain, ChunkTopK, Compressor, Identity, RandomK, ScaledSign, TopK, counter_rng
+from gradwire.compression import (
+    DARE,
+    Chain,
+    ChunkTopK,
+    Compressor,
+    DAREx,
+    Identity,
+    RandomK,
+    ScaledSign,
+    TopK,
+    counter_rng,
+)
 from gradwire.compression.base import compute_dtype
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -107,7 +118,7 @@ def test_non_finite_entries_show_where_promised(compressor: Compressor, value: f
             keys = keys_of(compressor, rows.shape[0])
             assert not compressor.decompress_rows(parts, rows.shape[1], keys).isfinite().all()
     first = compressor.first if isinstance(compressor, Chain) else compressor
-    assert compressor.carries_non_finite != (isinstance(first, RandomK) or not compressor.keeps_size)
+    assert compressor.carries_non_finite != (isinstance(first, RandomK | DARE | DAREx) or not compressor.keeps_size)
 
 
 @every_compressor

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import networkx
 import pytest
 import torch
 from cases import CommunicatorCase
@@ -13,6 +14,8 @@ from torch import Tensor
 from gradwire import comm
 from gradwire import compression as C
 from gradwire.comm import EF, EF21, Communicator, Plan, Simulated, Warmup
+
+RING = networkx.cycle_graph(3)
 
 every_communicator = pytest.mark.parametrize("case", ONE_RANK, ids=lambda case: case.name)
 
@@ -80,6 +83,46 @@ every_communicator = pytest.mark.parametrize("case", ONE_RANK, ids=lambda case: 
         (
             lambda: Communicator(C.DCTTopK(), exchange=comm.TwoPhase(second=C.DCTTopK(values="sign"))),
             "TwoPhase: expected a second compressor that keeps sizes, got DCTTopK.* Set second, or use AllGather",
+        ),
+        (
+            lambda: Communicator(C.TopK(), feedback=comm.DIANA()),
+            "DIANA: expected an unbiased compressor, got TopK.* Set unbiased=True or stochastic=True, or use EF or",
+        ),
+        (
+            lambda: Communicator(C.QSGD(), feedback=comm.MARINA(), exchange=comm.TwoPhase()),
+            r"MARINA: expected an exchange that compresses once, got TwoPhase\(\)\. Use AllGather\(\), or a lossless",
+        ),
+        (
+            lambda: Communicator(C.Identity(), feedback=comm.EF21W((1.0, 2.0))),
+            r"EF21W: expected an exchange that can weight ranks, got AllReduce\(\)\. Use AllGather\(\), or EF21",
+        ),
+        (
+            lambda: Communicator(C.TopK(), feedback=comm.EF21W((1.0, 2.0))).connect(),
+            "EF21W: expected a smoothness constant for each of 1 workers, got 2",
+        ),
+        (
+            lambda: Communicator(C.TopK(), feedback=EF(), participants=1),
+            "EF: expected all ranks to take part, got participants=1. Use EF21, EF21W or no feedback",
+        ),
+        (
+            lambda: Communicator(
+                C.TopK(), feedback=EF21(), exchange=comm.Hierarchical(1, comm.AllGather()), participants=1
+            ),
+            r"Hierarchical.*: expected all ranks to take part, got participants=1\. Use AllGather\(\)",
+        ),
+        (
+            lambda: Communicator(C.TopK(), feedback=EF21(), participants=2).connect(),
+            "Communicator: expected 1 <= participants <= 1, got participants=2",
+        ),
+        (
+            lambda: Communicator(C.TopK(), feedback=EF(), exchange=comm.Gossip(RING)),
+            r"Gossip.*: expected EF21\(\) or no feedback, got EF\(decay=1\.0\)",
+        ),
+        (
+            lambda: comm.attach(
+                torch.nn.Linear(2, 2).named_parameters(), Communicator(C.Identity(), exchange=comm.Gossip(RING))
+            ),
+            "attach: expected an exchange after which ranks agree, got Gossip; use average_",
         ),
         (
             lambda: comm.AllGather(merge="median"),

@@ -11,7 +11,7 @@ from cases import COMMUNICATORS, CommunicatorCase
 from ranks import run_ranks
 from torch import Tensor
 
-from gradwire.comm import EF21, Communicator, Hierarchical, PowerSGD, Simulated, TwoPhase
+from gradwire.comm import Communicator, Hierarchical, PowerSGD, Simulated, TwoPhase
 from gradwire.compression import ChunkTopK, Compressor, Identity
 
 Means = list[list[np.ndarray]]
@@ -92,28 +92,37 @@ def _simulated(make: functools.partial, workers: int, world_size: int) -> list[l
 
 
 def _second_phase(steps: list[list[Tensor]], second: Compressor, communicator: Communicator) -> list[list[Tensor]]:
-    """What TwoPhase does to the mean: m <- C2(m + e), e <- m + e - C2(m + e); EF21 adds up what comes out."""
+    """What TwoPhase does to the mean: m <- C2(m + e), e <- m + e - C2(m + e); tracking adds up what comes out."""
     residual: dict[str, Tensor] = {}
     tracked: dict[str, Tensor] = {}
     sent_before: dict[str, Tensor] = {}
     result = []
-    for step in steps:
+    tracks = _tracks(communicator)
+    for number, step in enumerate(steps):
         out = []
         for (name, shape), mean in zip(SHAPES.items(), step, strict=True):
             if communicator.plan.why_dense(name, torch.Size(shape)) is not None:
                 out.append(mean)
                 continue
-            ef21 = isinstance(communicator.feedback, EF21)
-            sent = mean - sent_before.get(name, torch.zeros(())) if ef21 else mean
+            if communicator.feedback.sends_dense(number, communicator.seed):
+                sent_before[name] = tracked[name] = mean
+                out.append(mean)
+                continue
+            sent = mean - sent_before.get(name, torch.zeros(())) if tracks else mean
             target = sent + residual.get(name, torch.zeros(()))
             coarse = second.decompress(second.compress(target))
             if communicator.feedback.state:
                 residual[name] = target - coarse
             sent_before[name] = mean
             tracked[name] = tracked.get(name, torch.zeros(())) + coarse
-            out.append(tracked[name] if ef21 else coarse)
+            out.append(tracked[name] if tracks else coarse)
         result.append(out)
     return result
+
+
+def _tracks(communicator: Communicator) -> bool:
+    """Whether the estimate is a sum of what was sent."""
+    return any(tensor.replicated for tensor in communicator.feedback.state)
 
 
 def _expected(case: CommunicatorCase, world_size: int) -> list[list[Tensor]]:
@@ -149,7 +158,7 @@ def _tolerance(case: CommunicatorCase) -> float:
         return 2.0**-6
     if isinstance(communicator.exchange, TwoPhase):
         second = communicator.exchange.second or communicator.compressor
-        if second.randomness == "private" or isinstance(communicator.feedback, EF21):
+        if second.randomness == "private" or _tracks(communicator):
             return 2 / 127  # one step of the second quantiser, whose input is known to rounding only
     return 1e-5
 

@@ -120,7 +120,10 @@ SAVED = C.ChunkTopK(k=8, chunk=256)
             lambda: Communicator(SAVED, feedback=EF(decay=0.5)),
             "feedback=EF.decay=0.5. .* got feedback=EF.decay=1.0",
         ),
-        (lambda: Communicator(SAVED, feedback=EF21()), r"feedback=EF21\(\) .* got feedback=EF\(decay=1.0\)"),
+        (
+            lambda: Communicator(SAVED, feedback=EF21()),
+            r"feedback=EF21\(dense_start=False\) .* got feedback=EF\(decay=1.0\)",
+        ),
         (
             lambda: Communicator(SAVED, feedback=EF(), exchange=comm.TwoPhase()),
             r"exchange=TwoPhase\(\) .* got exchange=AllGather\(\)",

@@ -36,6 +36,8 @@ class AllGather(Exchange):
         contributors: Peng, Quesnelle, Kingma. DeMo: Decoupled Momentum Optimization. 2024. arXiv:2411.19870.
     """
 
+    weighs = True
+
     def __init__(self, merge: Merge = "mean") -> None:
         check_merge("AllGather", merge)
         self.merge = merge
@@ -52,7 +54,7 @@ class AllGather(Exchange):
         layout = MessageLayout(parts)
         gathered = self.ranks.all_gather(layout.pack(parts, bad))
         means = [
-            decompress_mean(compressor, received, bundle.matrix.width, bundle.keys, self.merge)
+            decompress_mean(compressor, received, bundle.matrix, bundle.keys, self.merge, self.weights)
             for received, bundle in zip(layout.unpack(gathered), bundles, strict=True)
         ]
         return Outcome(means, layout.bad(gathered), [{} for _ in bundles])

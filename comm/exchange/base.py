@@ -5,12 +5,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from gradwire.comm.collectives import Collectives
 from gradwire.comm.feedback.base import State, StateTensor
 from gradwire.comm.row_matrix import RowMatrix
-from gradwire.compression.base import Compressor
+from gradwire.compression.base import Compressor, compute_dtype
 
 Merge = Literal["mean", "contributors"]
 """Over whom an entry is averaged: all ranks, or those alone that sent something other than zero there."""
@@ -64,11 +65,26 @@ class Exchange(ABC):
     second: Compressor | None = None
     """The compressor of a second phase, if it differs from the first."""
 
+    compresses_twice: bool = False
+    """Whether the mean is compressed on its way back."""
+
     merge: Merge = "mean"
     """How what ranks sent becomes one."""
 
+    consensus: bool = True
+    """Whether all ranks end with the same mean."""
+
     feedback: bool = False
     """Whether the losses of a second compression are to be remembered."""
+
+    weighs: bool = False
+    """Whether it can weight what ranks sent."""
+
+    weights: tuple[float, ...] | None = None
+    """Weight of every worker in the mean, whose sum is their number; all 1 by default."""
+
+    participation: float = 1.0
+    """Share of the workers that sends something in a step."""
 
     def connect(self, ranks: Collectives, *, feedback: bool) -> None:
         """Take part in a group."""
@@ -101,6 +117,12 @@ class Exchange(ABC):
         """Average densely among close ranks before compression: `[rows, width]` to the rows this rank holds."""
         return x
 
+    def dense_mean(self, x: Tensor, bad: Tensor) -> tuple[Tensor, Tensor]:
+        """Average the rows that this rank holds as they are; returns the mean, and the flag of all ranks."""
+        flat = torch.cat([x.reshape(-1), bad.to(x.dtype).view(1)])
+        self.ranks.all_reduce_(flat, uncompressed=x.numel())
+        return (flat[:-1] / self.ranks.size).view(x.shape), flat[-1] != 0
+
     @abstractmethod
     def mean(self, compressor: Compressor, bundles: Sequence[Bundle], bad: Tensor) -> Outcome:
         """Average the payloads of all ranks; `bad` is 0-d bool, true if this rank's gradients are not finite."""
@@ -111,11 +133,24 @@ class Exchange(ABC):
 
 
 def decompress_mean(
-    compressor: Compressor, parts: Sequence[Tensor], width: int, keys: Tensor | None, merge: Merge = "mean"
+    compressor: Compressor,
+    parts: Sequence[Tensor],
+    matrix: RowMatrix,
+    keys: Tensor | None,
+    merge: Merge = "mean",
+    weights: Sequence[float] | None = None,
 ) -> Tensor:
-    """Mean over ranks of `parts`, each `[n, rows, columns]`, added in rank order: `[rows, width]`."""
-    size = parts[0].shape[0]
-    total = compressor.decompress_rows(tuple(part[0] for part in parts), width, keys)
+    """Mean over ranks of `parts`, each `[n, rows, columns]`, added in rank order: `[rows, width]` of some of `matrix`.
+
+    Sums are taken in the matrix's dtype even where payloads are narrower, so that they are those of what ranks keep.
+    """
+    size, width = parts[0].shape[0], matrix.width
+    total = compressor.decompress_rows(tuple(part[0] for part in parts), width, keys).to(compute_dtype(matrix.dtype))
+    if weights is not None:
+        total *= weights[0]
+        for rank, weight in enumerate(weights[1:], start=1):
+            total.add_(compressor.decompress_rows(tuple(part[rank] for part in parts), width, keys), alpha=weight)
+        return total.div_(size)
     counts = (total != 0).to(total.dtype) if merge == "contributors" and size > 1 else None
     for rank in range(1, size):
         compressor.add_rows_(total, tuple(part[rank] for part in parts), keys, counts=counts)

@@ -48,11 +48,12 @@ class Hierarchical(Exchange):
     def __init__(self, inside: int, across: Exchange) -> None:
         if inside < 1:
             raise ValueError(f"Hierarchical: expected inside >= 1, got inside={inside}.")
-        if across.workers != 1 or isinstance(across, Hierarchical):
+        if across.workers != 1 or not across.consensus or isinstance(across, Hierarchical):
             raise ValueError(f"Hierarchical: expected across to be AllReduce, AllGather or TwoPhase, got {across!r}.")
         self.inside = inside
         self.across = across
         self.second, self.merge = across.second, across.merge
+        self.compresses_twice = across.compresses_twice
 
     def __repr__(self) -> str:
         return f"Hierarchical(inside={self.inside}, across={self.across!r})"
@@ -104,6 +105,10 @@ class Hierarchical(Exchange):
     def mean(self, compressor: Compressor, bundles: Sequence[Bundle], bad: Tensor) -> Outcome:
         """Across nodes."""
         return self.across.mean(compressor, bundles, bad)
+
+    def dense_mean(self, x: Tensor, bad: Tensor) -> tuple[Tensor, Tensor]:
+        """Across nodes."""
+        return self.across.dense_mean(x, bad)
 
     def leave(self, matrices: Sequence[RowMatrix], estimates: list[Tensor], bad: Tensor) -> tuple[list[Tensor], Tensor]:
         """All-gather within the node, the flag behind the rows."""

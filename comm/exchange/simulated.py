@@ -22,7 +22,8 @@ class Simulated(Exchange):
         merge: As in `AllGather`.
 
     Cost:
-        One batched compression and n decompressions. Nothing is sent; `payload_bytes` counts all workers' payloads.
+        One batched compression and n decompressions. Nothing is sent; `payload_bytes` counts all workers' payloads, or
+        of those that take part.
 
     State:
         None of its own; feedback keeps n times its state.
@@ -34,6 +35,8 @@ class Simulated(Exchange):
     Reference:
         None.
     """
+
+    weighs = True
 
     def __init__(self, workers: int, merge: Merge = "mean") -> None:
         if workers < 1:
@@ -53,6 +56,14 @@ class Simulated(Exchange):
         for bundle in bundles:
             stacked = [part.view(self.workers, -1, part.shape[1]) for part in bundle.parts]
             shared = bundle.keys[: bundle.matrix.rows] if bundle.keys is not None else None
-            means.append(decompress_mean(compressor, stacked, bundle.matrix.width, shared, self.merge))
-            self.ranks.bytes.payload += sum(part.numel() * part.element_size() for part in bundle.parts)
+            means.append(decompress_mean(compressor, stacked, bundle.matrix, shared, self.merge, self.weights))
+            sent = sum(part.numel() * part.element_size() for part in bundle.parts)
+            self.ranks.bytes.payload += round(sent * self.participation)
         return Outcome(means, bad, [{} for _ in bundles])
+
+    def dense_mean(self, x: Tensor, bad: Tensor) -> tuple[Tensor, Tensor]:
+        """Average the workers."""
+        size = x.numel() * x.element_size()
+        self.ranks.bytes.payload += size
+        self.ranks.bytes.uncompressed += size
+        return x.view(self.workers, -1, x.shape[1]).mean(dim=0), bad

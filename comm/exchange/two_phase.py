@@ -47,6 +47,9 @@ class TwoPhase(Exchange):
         arXiv:1905.05957, algorithm 1.
     """
 
+    weighs = True
+    compresses_twice = True
+
     def __init__(self, second: Compressor | None = None) -> None:
         self.second = second
 
@@ -96,7 +99,7 @@ class TwoPhase(Exchange):
             own, keys = self.owned(bundle.matrix), None
             if bundle.keys is not None:
                 keys = bundle.keys[bundle.matrix.block(self.ranks.rank)]
-            target = decompress_mean(compressor, received, own.width, keys)
+            target = decompress_mean(compressor, received, own, keys, weights=self.weights)
             if not (compressor.preserves_zero or compressor.changes_basis):
                 own.clear_padding_(target)
             if self.feedback:

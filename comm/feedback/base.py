@@ -3,12 +3,15 @@
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
 
+from gradwire.compression.base import Compressor
+
 Requirement = Literal["contraction", "unbiased", "any"]
+Absence = Literal["refused", "left out", "unchanged"]
 State = Mapping[str, Tensor]
 
 
@@ -37,6 +40,8 @@ class ErrorFeedback(ABC):
         x --compensate--> target --compress, decompress--> sent --update--> new state
         mean over ranks of sent --estimate--> gradient estimate, new state
 
+    In a step that `sends_dense`, gradients are averaged as they are, and `restart` gives the state that follows.
+
     The same object serves n simulated workers (rows of n workers in one matrix) and a federated client.
     """
 
@@ -48,6 +53,25 @@ class ErrorFeedback(ABC):
 
     needs_mean: ClassVar[bool] = True
     """Whether it is right only for the mean over all ranks of what they sent, in its size."""
+
+    absence: ClassVar[Absence] = "refused"
+    """Where only some workers take part in a step, what the others count as: nothing sent, averaging over those that
+    take part ("left out"), or no change since they last did ("unchanged")."""
+
+    weights: tuple[float, ...] | None = None
+    """Weight n w_i of every worker in the mean, whose sum is n; all 1 by default. Gradients are divided by it first."""
+
+    def fit(self, compressor: Compressor) -> Self:
+        """The same, with what was left open set from the compressor's constants."""
+        return self
+
+    def sends_dense(self, step: int, seed: int) -> bool:
+        """Whether this step, counted from 0, sends gradients as they are; equal on all ranks, decided on the host."""
+        return False
+
+    def restart(self, x: Tensor, mean: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """State after a dense step, this rank's own and replicated, from the gradients and their (weighted) mean."""
+        raise AssertionError(f"{type(self).__name__} sends no dense step")
 
     @abstractmethod
     def compensate(self, x: Tensor, state: State) -> Tensor:

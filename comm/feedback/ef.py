@@ -6,6 +6,7 @@ from typing import ClassVar, final
 from torch import Tensor
 
 from gradwire.comm.feedback.base import ErrorFeedback, Requirement, State, StateTensor
+from gradwire.comm.feedback.gains import check_positive, tracking_gain
 
 
 @final
@@ -64,3 +65,28 @@ class EF(ErrorFeedback):
     def estimate(self, mean: Tensor, state: State) -> tuple[Tensor, dict[str, Tensor]]:
         """The mean of what was sent."""
         return mean, {}
+
+    @staticmethod
+    def max_stepsize(*, L: float, alpha: float) -> float:
+        """Largest step size for which descent is proven to come near a stationary point: 1 / (L (1 + xi)).
+
+        With xi = sqrt(1 - alpha) / (1 - sqrt(1 - alpha)). How near depends on how much gradients differ between
+        workers: what is left is of the order (step size)^2. `EControl` and `EF21` leave nothing of that.
+
+        Args:
+            L: Smoothness constant of the mean of all functions, > 0.
+            alpha: Contraction of the compressor, 0 < alpha <= 1.
+
+        Raises:
+            ValueError: a value is out of range.
+
+        Example:
+            >>> EF.max_stepsize(L=1.0, alpha=0.75)
+            0.5
+
+        Reference:
+            `gains` and the virtual iterate of Stich et al. 2018: y = x - lr mean_i e_i takes exact steps, and
+            ||e|| <= xi ||g|| since |e| <= q (|e| + |g|), so f(y) falls where lr L + (lr L xi)^2 <= 1.
+        """
+        check_positive(L=L)
+        return 1 / (L * (1 + tracking_gain(alpha)))

@@ -5,7 +5,7 @@ from typing import ClassVar, final
 
 from torch import Tensor
 
-from gradwire.comm.feedback.base import ErrorFeedback, State
+from gradwire.comm.feedback.base import Absence, ErrorFeedback, State
 
 
 @final
@@ -30,6 +30,7 @@ class NoFeedback(ErrorFeedback):
     """
 
     needs_mean: ClassVar[bool] = False
+    absence: ClassVar[Absence] = "left out"
 
     def compensate(self, x: Tensor, state: State) -> Tensor:
         """The gradient itself."""

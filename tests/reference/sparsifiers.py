@@ -1,5 +1,6 @@
 """Float64 NumPy references of the sparsifying compressors and of the counter-based random numbers they draw from."""
 
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -21,6 +22,17 @@ def top_k(x: Array, k: int | None = None, ratio: float | None = None) -> Array:
     for row, out in zip(x, kept, strict=True):
         largest = sorted(range(len(row)), key=lambda i: -abs(row[i]))[:k]
         out[largest] = row[largest]
+    return kept
+
+
+def threshold_top_k(x: Array, ratio: float, mantissa_bits: int) -> Array:
+    """Keep the first k entries of each row in the order of falling bins, whose lower edges are 2^e (1 + j 2^-m)."""
+    mantissa, exponent = np.frexp(np.abs(x))
+    bins = np.where(x == 0, -np.inf, exponent + np.floor((2 * mantissa - 1) * 2**mantissa_bits) / 2**mantissa_bits)
+    kept = np.zeros_like(x)
+    for row, row_bins, out in zip(x, bins, kept, strict=True):
+        first = np.argsort(-row_bins, kind="stable")[: max(1, int(np.ceil(ratio * len(row))))]
+        out[first] = row[first]
     return kept
 
 
@@ -57,6 +69,38 @@ def random_k(x: Array, keys: Keys, k: int, unbiased: bool = True) -> Array:
     kept = np.zeros_like(x)
     for row, out, positions in zip(x, kept, random_k_indices(keys, x.shape[1], k), strict=True):
         out[positions] = row[positions] * (len(row) / k if unbiased else 1)
+    return kept
+
+
+def dare_slots(width: int, drop: float) -> tuple[int, float]:
+    """Slots of a row, and E min(K, slots) / width for binomial K, for widths whose coefficients a float holds."""
+    p = 1 - drop
+    slots = min(width, int(np.ceil(width * p + np.sqrt(width * p * drop))))
+    chances = [math.comb(width, j) * p**j * drop ** (width - j) for j in range(width + 1)]
+    return slots, sum(min(j, slots) * chance for j, chance in enumerate(chances)) / width
+
+
+def dare_indices(keys: Keys, width: int, drop: float) -> list[list[int]]:
+    """Kept positions of each row: geometric gaps by inversion, from a random start around the end of the row."""
+    slots, _ = dare_slots(width, drop)
+    draws = random_bits(keys[:, None], np.arange(slots + 1))
+    rows = []
+    for row in draws:
+        at, positions = -1, []
+        for word in row[:-1]:
+            at += 1 + (int(np.floor(np.log1p(-int(word) / 2**32) / np.log(drop))) if drop else 0)
+            positions.append(at)
+        start = int(row[-1]) * width >> 32
+        rows.append([(at + start) % width for at in positions if at < width])
+    return rows
+
+
+def dare(x: Array, keys: Keys, drop: float, rescale: float | None = None) -> Array:
+    """Zero what is dropped; multiply the rest by `rescale`, or by one over the probability that an entry is sent."""
+    scale = 1 / dare_slots(x.shape[1], drop)[1] if rescale is None else rescale
+    kept = np.zeros_like(x)
+    for row, out, positions in zip(x, kept, dare_indices(keys, x.shape[1], drop), strict=True):
+        out[positions] = row[positions] * scale
     return kept
 
 

@@ -9,11 +9,11 @@ PACKAGES := $(patsubst %/__init__.py,%,$(wildcard */__init__.py))
 # The root holds folders named like modules elsewhere (`compression` is in Python 3.14's library): keep it off sys.path.
 export PYTHONSAFEPATH := 1
 
-.PHONY: help train results test lint types setup hooks gpu-check clean
+.PHONY: help train results test test-products lint types setup hooks gpu-check clean
 .DEFAULT_GOAL := help
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 train: setup ## Train a small model under 2 workers, once for each of eight ways to average gradients
 	$(BIN)/torchrun --standalone --nproc-per-node $(NPROC) --no-python $(BIN)/gradwire train $(TRAIN)
@@ -24,6 +24,9 @@ results: train ## The same, kept in bench/results and shown in the README
 
 test: lint types ## Lint, types, layers and every test
 	$(BIN)/pytest
+
+test-products: setup ## Train every legal product of compressor, feedback and exchange on 2 ranks: minutes
+	GRADWIRE_PRODUCTS=all $(BIN)/pytest -m slow tests/test_products.py
 
 lint: setup ## ruff: rules and format
 	$(BIN)/ruff check .

@@ -25,7 +25,7 @@ bench = typer.Typer(help="Measure, and keep what was measured.", no_args_is_help
 app.add_typer(bench, name="bench")
 
 _MODEL, _GRADIENTS, _OUTPUT = "Model and data", "Gradients and weights", "Output"
-_VARIADIC = ("--compare", "--data", "--optimizers", "--lrs", "--methods", "--world-sizes", "--problems")
+_VARIADIC = ("--compare", "--data", "--optimizers", "--lrs", "--methods", "--world-sizes", "--problems", "--claims")
 
 
 @app.command()
@@ -155,22 +155,25 @@ def report(
     readme: Annotated[Path, typer.Option(help="The file with the markers.")] = Path("README.md"),
     results: Annotated[Path, typer.Option(help="The folder of kept results.")] = Path("bench/results"),
 ) -> None:
-    """Make the README's tables and figures from the kept results; --check exits with 1 where they differ."""
+    """Make the README's tables, figures and docs/legality.md; --check exits with 1 where they differ."""
     from gradwire.bench.plots import stale
-    from gradwire.bench.report import fill
+    from gradwire.bench.report import fill, stale_pages
 
     if not readme.is_file():
         raise UsageError(f"report: expected a README, got no file {str(readme)!r}. Run it at the root of a checkout.")
     before = readme.read_text()
     after = fill(before, results)
-    figures = stale(after, results, readme.parent)
+    figures, pages = stale(after, results, readme.parent), stale_pages(after, results, readme.parent)
     if write:
         readme.write_text(after)
+        for path, content in pages.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(content)
         for path, draw in figures.items():
             path.parent.mkdir(parents=True, exist_ok=True)
             draw()
-    elif before != after or figures:
-        differing = [*[readme] * (before != after), *figures]
+    elif before != after or figures or pages:
+        differing = [*[readme] * (before != after), *figures, *pages]
         print(f"{', '.join(map(str, differing))}: not of {results}. Run `gradwire report --write`.")
         raise typer.Exit(1)
 
@@ -307,6 +310,44 @@ def curvature(
     from gradwire.bench.curvature import main as run
 
     run(problems or (), methods or (), seeds=seeds, workers=workers, quick=quick, output=output, figure=figure)
+
+
+@bench.command()
+def products(
+    quick: Annotated[
+        bool, typer.Option("--quick", help="A tiny model and few products: to see that it works.")
+    ] = False,
+    output: Annotated[
+        Path | None, typer.Option(help="Write JSON here, run by run; runs that it holds are not repeated.")
+    ] = None,
+) -> None:
+    """Train every legal product of compressor, feedback and exchange on 2 ranks, and resume each."""
+    from gradwire.bench.products import main as run
+
+    run(quick=quick, output=output)
+
+
+@bench.command()
+def theory(
+    claims: Annotated[
+        list[str] | None, typer.Option(metavar="TEXT ...", help="Some of those in the table; all otherwise.")
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Processes of one thread each; one per core otherwise.")
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Small forms: to see that it works.")] = False,
+    output: Annotated[
+        Path, typer.Option(help="Write JSON here; claims that it holds and that are not run now stay.")
+    ] = Path("runs/theory/theory.json"),
+    figures: Annotated[
+        Path | None, typer.Option(help="Draw a PNG per claim in this folder; that of the JSON otherwise.")
+    ] = None,
+) -> None:
+    """What theory says of error feedback, shown on small problems: a figure and a few numbers per claim."""
+    from gradwire.bench.theory.run import main as run
+
+    if not run(claims or (), quick=quick, workers=workers, output=output, figures=figures):
+        raise typer.Exit(1)
 
 
 @app.callback(invoke_without_command=True)

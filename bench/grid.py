@@ -53,16 +53,16 @@ class Grid(Generic[Task]):
         train: Callable[[list[Task]], Iterator[Record]],
         *,
         table: Callable[[Record], "Table"],
-        plot: Callable[[Record, Path], None],
+        plot: Callable[[Record, Path], None] | None = None,
         output: Path | None,
-        figure: Path | None,
+        figure: Path | None = None,
     ) -> None:
         """Train what `output` does not hold yet, print the table, and write JSON and figure if `output` is given.
 
         Args:
             train: Yields a record for each of these tasks, in any order.
             table: Makes the terminal's table.
-            plot: Draws the figure.
+            plot: Draws the figure, if there is one.
             output: The JSON.
             figure: The figure; beside `output` by default.
 
@@ -87,7 +87,9 @@ class Grid(Generic[Task]):
                 console.print(f"{len(done)} of {total} runs are in {output}: the same command goes on there")
             raise
         console.print(table(self.kept))
-        if output is not None:
+        if output is not None and plot is None:
+            console.print(f"written to {output}", markup=False)
+        elif output is not None and plot is not None:
             figure = figure or output.with_suffix(".png")
             figure.parent.mkdir(parents=True, exist_ok=True)
             plot(self.kept, figure)

@@ -17,6 +17,7 @@ from PIL import Image  # comes with matplotlib
 from gradwire.bench.exchange_table import exchange_rows, exchange_section
 from gradwire.bench.report import FIGURES, SECTIONS, optim_rows, sweep_rows, sweep_section
 from gradwire.bench.runs import Record
+from gradwire.bench.theory import catalogue
 
 # Okabe and Ito's palette: told apart by readers with any colour vision; a ninth run begins again, dashed.
 _COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#7F7F7F")
@@ -177,7 +178,11 @@ def plot_exchange(results: Mapping[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=150, metadata={"Description": exchange_section(results)})
 
 
-_DRAWN: Mapping[str, Callable[[Mapping[str, Any], Path], None]] = {"sweep": plot_sweep, "exchange": plot_exchange}
+_DRAWN: Mapping[str, Callable[[Mapping[str, Any], Path], None]] = {
+    "sweep": plot_sweep,
+    "exchange": plot_exchange,
+    "theory": catalogue.draw,
+}
 
 
 def stale(text: str, results: Path, root: Path) -> dict[Path, Callable[[], None]]:
@@ -192,7 +197,8 @@ def stale(text: str, results: Path, root: Path) -> dict[Path, Callable[[], None]
     for place, name in FIGURES.items():
         if place in text:
             figure, content = root / place, json.loads((results / f"{name}.json").read_text())
-            if _description(figure) != SECTIONS[name](content):
+            shown = catalogue.digest(content, figure) if name == "theory" else SECTIONS[name](content)
+            if _description(figure) != shown:
                 found[figure] = functools.partial(_DRAWN[name], content, figure)
     return found
 

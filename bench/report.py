@@ -10,7 +10,9 @@ from typing import Any
 from gradwire.bench.curvature_table import curvature_section
 from gradwire.bench.errors import UsageError
 from gradwire.bench.exchange_table import exchange_section
+from gradwire.bench.products_table import legality_page
 from gradwire.bench.progress import size
+from gradwire.bench.theory.catalogue import NAMES, theory_section
 from gradwire.bench.tuning import check_finished, seeds_in_words, tune
 
 COLUMNS = ("Configuration", "Validation loss", "Difference", "Bytes per step", "Compression", "Seconds")
@@ -26,8 +28,14 @@ OPTIM_COLUMNS = (
     "Other packages",
 )
 SWEEP_COLUMNS = ("Optimizer", "Best learning rate", "Validation loss", "Difference")
-FIGURES = {"docs/optimizers.png": "sweep", "docs/loss-over-bytes.png": "exchange"}
+FIGURES = {
+    "docs/optimizers.png": "sweep",
+    "docs/loss-over-bytes.png": "exchange",
+    **{f"docs/theory/{name}.png": "theory" for name in NAMES},
+}
 """Pictures that the README may show, and the results that they are drawn from."""
+PAGES = ("docs/legality.md",)
+"""Pages that are made whole."""
 
 
 def rows(runs: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
@@ -228,6 +236,7 @@ SECTIONS: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "sweep": sweep_section,
     "exchange": exchange_section,
     "curvature": curvature_section,
+    "theory": theory_section,
 }
 """What the README shows of each result."""
 
@@ -251,3 +260,21 @@ def fill(text: str, results: Path) -> str:
         return f"{match[1]}{SECTIONS[name](json.loads(path.read_text()))}\n{match[3]}"
 
     return pattern.sub(section, text)
+
+
+def stale_pages(text: str, results: Path, root: Path) -> dict[Path, str]:
+    """The pages, there already or linked in a README, that are missing or not of these results: what they should say.
+
+    Args:
+        text: The README's.
+        results: The folder of kept results.
+        root: The README's folder.
+    """
+    found: dict[Path, str] = {}
+    for place in PAGES:
+        page, kept = root / place, results / "products.json"
+        if page.is_file() or place in text:
+            content = legality_page(json.loads(kept.read_text()) if kept.is_file() else None)
+            if not page.is_file() or page.read_text() != content:
+                found[page] = content
+    return found

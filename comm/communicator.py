@@ -120,6 +120,7 @@ class Communicator(Averager):
         self._buckets: Buckets[_Bucket] = Buckets()
         self._kernel = encode_kernel(compressor, self.feedback, fused=fused)
         self._fused = fused
+        self._weights: dict[tuple[torch.dtype, torch.device], Tensor] = {}
 
     def config(self) -> dict[str, str]:
         """Hyper-parameters by name, as text."""
@@ -237,10 +238,12 @@ class Communicator(Averager):
 
     def _own_weights(self, x: Tensor) -> Tensor:
         """The weights of this process's workers, one for each of their rows: `[rows, 1]`."""
-        assert self.feedback.weights is not None
-        first = self.connect().rank * self.workers
-        own = torch.tensor(self.feedback.weights[first : first + self.workers], dtype=x.dtype)
-        return own.repeat_interleave(x.shape[0] // self.workers)[:, None].to(x.device)
+        if (own := self._weights.get((x.dtype, x.device))) is None:  # once: copying to a device would wait for it
+            assert self.feedback.weights is not None
+            first = self.connect().rank * self.workers
+            mine = self.feedback.weights[first : first + self.workers]
+            own = self._weights[x.dtype, x.device] = torch.tensor(mine, dtype=x.dtype, device=x.device)
+        return own.repeat_interleave(x.shape[0] // self.workers, output_size=x.shape[0])[:, None]
 
     def _keys(self, held: RowMatrix) -> Tensor | None:
         """Random keys of this step's rows: equal on all ranks if randomness is shared, else each rank its own."""

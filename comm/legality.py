@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from gradwire.comm.exchange import AllGather, AllReduce, Exchange, Hierarchical, TwoPhase
-from gradwire.comm.feedback import DIANA, EF, EF21, ErrorFeedback, NoFeedback
+from gradwire.comm.feedback import DIANA, EF, EF21, DecoupledMomentum, ErrorFeedback, NoFeedback
 from gradwire.compression.base import Compressor
 from gradwire.compression.identity import Identity
 from gradwire.compression.scaled import Scaled
@@ -34,6 +34,7 @@ def why_illegal(
         return str(error)
     return (
         _requirement(feedback, compressor)
+        or _growth(feedback, compressor)
         or _second_compression(compressor, feedback, exchange)
         or _merge(feedback, exchange)
         or _consensus(feedback, exchange)
@@ -57,6 +58,19 @@ def _requirement(feedback: ErrorFeedback, compressor: Compressor) -> str | None:
             "use EF or EF21."
         )
     return None
+
+
+def _growth(feedback: ErrorFeedback, compressor: Compressor) -> str | None:
+    """A momentum from which more than itself is taken out grows without bound."""
+    omega = compressor.omega(_NUMEL)
+    if not isinstance(feedback, DecoupledMomentum) or compressor.contraction(_NUMEL) is not None or omega is None:
+        return None
+    if (growth := feedback.growth(omega)) < 1:
+        return None
+    return (
+        f"{feedback!r}: expected a compressor with which its momentum stays bounded, got {compressor!r}, which may "
+        f"multiply its squared norm by {growth:.3g} a step. Wrap it in Scaled, or lower alpha."
+    )
 
 
 def _second_compression(compressor: Compressor, feedback: ErrorFeedback, exchange: Exchange) -> str | None:

@@ -38,10 +38,10 @@ class Cohort:
             >>> Cohort.draw(key=1, count=1, total=3, rank=0, workers=3, device=torch.device("cpu")).present
             tensor([ True, False, False])
         """
-        order = counter_rng.row_keys(key, total).argsort()  # on the host: a step has few numbers to draw
-        present = torch.zeros(total, dtype=torch.bool).index_fill_(0, order[:count], True)
-        return cls(present[rank * workers : (rank + 1) * workers].to(device), count / total)
+        order = counter_rng.row_keys(key, total, device).argsort()
+        present = torch.zeros(total, dtype=torch.bool, device=device).index_fill_(0, order[:count], True)
+        return cls(present[rank * workers : (rank + 1) * workers], count / total)
 
     def of_rows(self, rows: int) -> Tensor:
         """The same for `rows` rows of each worker: `[workers * rows, 1]`."""
-        return self.present.repeat_interleave(rows)[:, None]
+        return self.present.repeat_interleave(rows, output_size=rows * len(self.present))[:, None]

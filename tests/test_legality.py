@@ -125,6 +125,10 @@ every_communicator = pytest.mark.parametrize("case", ONE_RANK, ids=lambda case: 
             "attach: expected an exchange after which ranks agree, got Gossip; use average_",
         ),
         (
+            lambda: Communicator(C.RandomK(), feedback=comm.DecoupledMomentum(0.9)),
+            "DecoupledMomentum.*: expected a compressor with which its momentum stays bounded, got RandomK.* by 103 a",
+        ),
+        (
             lambda: comm.AllGather(merge="median"),
             "AllGather: expected merge 'mean' or 'contributors', got merge='median'",
         ),

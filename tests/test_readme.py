@@ -30,6 +30,7 @@ _SHORT = {
     "gradwire bench sweep": " --quick",
     "gradwire bench exchange": " --quick --methods 'dense + AdamW' 'DeMo(k=32)'",
     "gradwire bench curvature": " --quick --problems text --methods AdamW",
+    "gradwire bench theory": " --quick --claims saddle walk",
 }
 
 

@@ -63,6 +63,13 @@ class DecoupledMomentum(ErrorFeedback):
         """Weight w of the gradient."""
         return 1 - self.decay if self.ema else 1.0
 
+    def growth(self, omega: float) -> float:
+        """By how much an unbiased compressor multiplies the momentum's squared norm in a step, in the mean.
+
+        E ||decay (p - alpha C(p))||^2 <= decay^2 ((1 - alpha)^2 + alpha^2 omega) ||p||^2.
+        """
+        return self.decay**2 * ((1 - self.alpha) ** 2 + self.alpha**2 * omega)
+
     def compensate(self, x: Tensor, state: State) -> Tensor:
         """The momentum of this step."""
         momentum = state["momentum_buffer"] * self.decay

@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 from gradwire.bench.optim_rivals import RIVALS, Candidate, candidates
 
 _COPIED = 1 << 25  # entries at most, of the copy whose speed is the floor
-_PASSES = {"AdamP": 8, "SGDP": 8, "Adafactor": 12, "LAMB": 12}
+_PASSES = {"AdamP": 8, "SGDP": 8, "Adafactor": 12, "LAMB": 12, "OneBitLAMB": 12}
 _TIMEOUT = 900  # seconds
 
 

@@ -20,7 +20,7 @@ from gradwire.bench.progress import Progress
 from gradwire.bench.runs import Record, RunFolder, write_json
 from gradwire.bench.specs import own_communicator, parse
 from gradwire.comm import Stats, attach, checkpoint, keep_local
-from gradwire.optim import DeMo
+from gradwire.optim import DeMo, ZeroOneAdam
 
 _HELD_OUT_WINDOWS = 256
 
@@ -150,8 +150,8 @@ class Trainer:
             self.optimizer.wait()
 
     def settle(self) -> None:
-        """Apply what an exchange in flight brings, too."""
-        if isinstance(self.optimizer, DeMo):
+        """Apply what an exchange in flight brings, too, and end local steps."""
+        if isinstance(self.optimizer, DeMo | ZeroOneAdam):
             self.optimizer.synchronize()
 
     @torch.no_grad()

@@ -19,6 +19,7 @@ from gradwire.comm.feedback import (
     ErrorFeedback,
     NoFeedback,
 )
+from gradwire.comm.local_sgd import LocalSGD
 from gradwire.comm.mixing import choco_gossip_, choco_stepsize
 from gradwire.comm.plan import Plan
 from gradwire.comm.powersgd import PowerSGD
@@ -45,6 +46,7 @@ __all__ = [
     "Exchange",
     "Gossip",
     "Hierarchical",
+    "LocalSGD",
     "NoFeedback",
     "Plan",
     "PowerSGD",

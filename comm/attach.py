@@ -5,10 +5,13 @@ from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from gradwire.comm.averager import Averager
 from gradwire.comm.ddp import DDPHook
+from gradwire.comm.fsdp import FSDPHook
 from gradwire.comm.guard import skip_non_finite
 from gradwire.comm.loop import LoopHandle
 
@@ -21,6 +24,17 @@ def attach(
     optimizer: torch.optim.Optimizer | None = None,
     scaler: torch.amp.GradScaler | None = None,
 ) -> DDPHook: ...
+
+
+@overload
+def attach(
+    host: FSDPModule,
+    communicator: Averager,
+    *,
+    replicate: DeviceMesh,
+    optimizer: torch.optim.Optimizer | None = None,
+    scaler: torch.amp.GradScaler | None = None,
+) -> FSDPHook: ...
 
 
 @overload
@@ -39,20 +53,24 @@ def attach(
     host: Any,
     communicator: Averager,
     *,
+    replicate: DeviceMesh | None = None,
     optimizer: torch.optim.Optimizer | None = None,
     scaler: torch.amp.GradScaler | None = None,
     overlap: bool = True,
     bucket_mb: float = 25.0,
-) -> DDPHook | LoopHandle:
+) -> DDPHook | FSDPHook | LoopHandle:
     """Average the gradients of `host` through `communicator` from now on.
 
     Every rank must call it at the same point: ranks compare their configurations, and the communicator makes a process
     group of its own.
 
     Args:
-        host: A `DistributedDataParallel` module, or named parameters (`model.named_parameters()`) of a plain loop;
-            parameters that do not require gradients are left out, tied ones count once.
+        host: A `DistributedDataParallel` module, an FSDP2 model sharded over one dimension of a mesh, or named
+            parameters (`model.named_parameters()`) of a plain loop; parameters that do not require gradients are left
+            out, tied ones count once.
         communicator: A communicator that is attached to nothing else.
+        replicate: FSDP2, and needed there: the dimension of the mesh across which replicas are averaged, whose group
+            is the communicator's, too. State is then that of one shard.
         optimizer: With it, steps after a non-finite gradient on any rank are skipped for real on all ranks; and in a
             plain loop, `step()` waits for the communication by itself (not with a closure: call `wait()` in it).
         scaler: The `GradScaler` in use. Residuals are then kept in unscaled units, and the scaler sees every
@@ -62,11 +80,12 @@ def attach(
         bucket_mb: Plain loop: size of a bucket in MiB.
 
     Returns:
-        A handle. That of a plain loop has `wait()`, `no_sync()` and `detach()`.
+        A handle. That of a plain loop has `wait()`, `no_sync()` and `detach()`, that of FSDP2 `detach()`.
 
     Raises:
         TypeError: an unknown host, with what to pass instead.
-        ValueError: a communicator that is attached already, or nothing to average.
+        ValueError: a communicator that is attached already, nothing to average, or an FSDP2 model in a form that cannot
+            be averaged (native HSDP, tensor parallelism, several meshes), with what to do instead.
         ConfigurationError: ranks differ in configuration or layout.
 
     Example:
@@ -86,9 +105,21 @@ def attach(
         raise ValueError("attach: expected an exchange after which ranks agree, got Gossip; use average_ with it.")
     if communicator.attached:
         raise ValueError("attach: expected a communicator that is attached to nothing else. Make one for each host.")
-    parameters = None if isinstance(host, DistributedDataParallel) else _named_parameters(host)
+    sharded = isinstance(host, FSDPModule)
+    if sharded != (replicate is not None):
+        got = "an FSDP2 model without it" if sharded else f"it with {type(host).__name__}"
+        raise TypeError(
+            f"attach: expected replicate=mesh['replicate'] with an FSDP2 model, and there alone, got {got}."
+        )
+    parameters = None if sharded or isinstance(host, DistributedDataParallel) else _named_parameters(host)
     if scaler is not None:
         communicator.loss_scale = _scale_of(scaler)
+    if replicate is not None:
+        fsdp = FSDPHook(host, communicator, replicate)
+        if optimizer is not None and scaler is None:
+            fsdp.skip_with(optimizer)
+        communicator.attached = True
+        return fsdp
     if parameters is None:
         ddp = DDPHook(host, communicator)
         if optimizer is not None and scaler is None:
@@ -108,8 +139,8 @@ def attach(
 def _named_parameters(host: Any) -> list[tuple[str, Tensor]]:
     if isinstance(host, nn.Module):
         raise TypeError(
-            f"attach: expected a DistributedDataParallel module or named parameters, got {type(host).__name__}. "
-            "Pass model.named_parameters(), or wrap the model in DistributedDataParallel."
+            "attach: expected a DistributedDataParallel module, an FSDP2 model or named parameters, got "
+            f"{type(host).__name__}. Pass model.named_parameters(), or wrap the model in DistributedDataParallel."
         )
     try:
         parameters = {name: p for name, p in host if p.requires_grad}

@@ -33,6 +33,7 @@ class Averager(ABC):
         self.seed = seed
         self.group, self.timeout = group, timeout
         self._ranks: Collectives | None = None
+        self._shards: Collectives | None = None
         self._layouts: set[tuple[tuple[str, torch.Size, torch.dtype], ...]] = set()
         self._shapes: dict[str, torch.Size] = {}
         self._step = 0
@@ -46,6 +47,8 @@ class Averager(ABC):
         """0-d float32 after a step: 1 if it met a non-finite gradient on any rank, else 0. `GradScaler`'s name."""
         self.loss_scale: Callable[[], Tensor | float] = _no_scale
         """The factor by which gradients are scaled now; `attach(..., scaler=...)` sets it."""
+        self.owner: dict[str, str] = {}
+        """What its user adds to `config`, as text: also equal on all ranks, and when a checkpoint is loaded."""
         self.attached = False
         """Whether a host brings the gradients; `attach` and `detach` set it."""
 
@@ -154,6 +157,37 @@ class Averager(ABC):
 
     @property
     @final
+    def steps_done(self) -> int:
+        """Steps so far, skipped ones included; unlike `stats`, reading it waits for nothing."""
+        return self._step
+
+    @final
+    def join_shards(self, group: dist.ProcessGroup) -> None:
+        """Go together with the communicators of `group`, which average other shards of the same parameters.
+
+        A step is then skipped for all shards if it is for one. Every rank of the group must call it at the same point.
+
+        Raises:
+            ConfigurationError: ranks of the group differ in configuration; every rank raises it.
+        """
+        shards = self.connect().beside(group)
+        self._compare([], shards, shards.device)
+        self._shards = shards
+
+    @property
+    @final
+    def shards(self) -> int:
+        """How many groups like this communicator's make up the world: those of the other shards of its parameters."""
+        return self.connect().groups
+
+    @final
+    def saved_as(self, rank: int) -> str:
+        """The prefix of the state of this rank, and of this group among others, in checkpoints."""
+        shard = self._shards.rank if self._shards is not None else self.connect().first
+        return f"rank{rank}/" if self.shards == 1 else f"shard{shard}.rank{rank}/"
+
+    @property
+    @final
     def stats(self) -> Stats:
         """Totals so far; reading them waits for the device."""
         sent = self._ranks.bytes if self._ranks is not None else None
@@ -174,12 +208,13 @@ class Averager(ABC):
         Keys of rank-local tensors carry the rank, so that `torch.distributed.checkpoint` keeps all of them.
         """
         rank, size = self.connect().rank, self.connect().size
-        rows = {f"rank{rank}/{key}": value.detach().clone() for key, value in self.state_rows().items()}
+        rows = {self.saved_as(rank) + key: value.detach().clone() for key, value in self.state_rows().items()}
         head = {
             "world_size": size,
+            "shards": self.shards,
             "step": self._step,
             "skipped": int(self._skipped),
-            "config": {"communicator": type(self).__name__} | self.config(),
+            "config": self._compared(),
         }
         return {"head": json.dumps(head), "rows": rows}
 
@@ -198,7 +233,7 @@ class Averager(ABC):
                 f"load_state_dict: expected the state of a world of {size}, got {head['world_size']}. "
                 "Use gradwire.comm.checkpoint.load, which keeps the mean of the residuals."
             )
-        prefix = f"rank{rank}/"
+        prefix = self.saved_as(rank)
         rows = {key.removeprefix(prefix): value for key, value in state_dict["rows"].items() if key.startswith(prefix)}
         if not rows and state_dict["rows"]:
             raise CheckpointError(f"load_state_dict: expected the state of rank {rank}, got that of another rank.")
@@ -218,13 +253,18 @@ class Averager(ABC):
             CheckpointError: a hyper-parameter differs; names it and both values.
         """
         head: dict[str, Any] = json.loads(text)
-        saved, ours = head["config"], {"communicator": type(self).__name__} | self.config()
+        saved, ours = head["config"], self._compared()
         for key in sorted(saved.keys() | ours.keys(), key=lambda key: (key != "communicator", key)):
             if saved.get(key) != ours.get(key):
                 raise CheckpointError(
                     f"load: expected {key}={ours.get(key)} as configured now, got {key}={saved.get(key)} in the "
                     "checkpoint. Configure it as saved, or start without the communicator's state."
                 )
+        if head.get("shards", 1) != self.shards:
+            raise CheckpointError(
+                f"load: expected the state of {self.shards} shards, got that of {head.get('shards', 1)}. Shard the "
+                "model as it was when saved (only the number of replicas may differ), or start without this state."
+            )
         return head
 
     # Inside a step.
@@ -252,9 +292,12 @@ class Averager(ABC):
         self._compare(texts, self.connect(), grads[0].device)
         self._layouts.add(layout)
 
+    def _compared(self) -> dict[str, str]:
+        return {"communicator": type(self).__name__} | self.config() | self.owner
+
     def _compare(self, layout: list[str], ranks: Collectives, device: torch.device) -> None:
         """Raise ConfigurationError on every rank, with the first difference, unless all are configured alike."""
-        config = {"communicator": type(self).__name__} | self.config()
+        config = self._compared()
         text = json.dumps({"config": config, "layout": layout})
         digests = ranks.gather_bytes(hashlib.sha256(text.encode()).digest(), device)
         if len(set(digests)) > 1:
@@ -263,6 +306,9 @@ class Averager(ABC):
 
     def _end_step(self) -> None:
         bad = self._bad
+        if self._shards is not None:
+            mine = bad if bad is not None else torch.zeros((), device=self._shards.device)
+            bad = self._shards.all_reduce_(mine.to(torch.float32)) > 0
         if bad is not None:
             self._commit(bad)
             self.found_inf = bad.to(torch.float32)

@@ -27,6 +27,8 @@ from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 from gradwire.comm.averager import Averager
 from gradwire.comm.errors import CheckpointError
+from gradwire.comm.local_sgd import LocalSGD
+from gradwire.comm.rank_state import RankState
 
 
 def save(path: str | os.PathLike[str], **objects: Any) -> None:
@@ -35,8 +37,8 @@ def save(path: str | os.PathLike[str], **objects: Any) -> None:
     Args:
         path: Folder of the checkpoint.
         **objects: By name: communicators, modules, optimizers (with their module as `model`; the `communicator` of one
-            that exchanges by itself is taken along), and anything that `torch.distributed.checkpoint` takes (state
-            dicts, objects with `state_dict` and `load_state_dict`).
+            that exchanges by itself is taken along), `LocalSGD`, and anything that `torch.distributed.checkpoint` takes
+            (state dicts, objects with `state_dict` and `load_state_dict`).
 
     Example:
         >>> save(folder, communicator=communicator, model=model, optimizer=optimizer)  # doctest: +SKIP
@@ -63,7 +65,9 @@ def load(path: str | os.PathLike[str], **objects: Any) -> None:
 
 def _load(path: Path, objects: dict[str, Any]) -> None:
     metadata = _read_metadata(path)
-    communicators = {name: value for name, value in objects.items() if isinstance(value, Averager)}
+    communicators: dict[str, Averager | RankState] = {
+        name: value for name, value in objects.items() if isinstance(value, Averager)
+    }
     others = {name: value for name, value in objects.items() if name not in communicators}
     communicators |= _communicators_of(objects)
     if others:
@@ -93,19 +97,20 @@ def _state(objects: Mapping[str, Any]) -> dict[str, Any]:
             state[name] = get_model_state_dict(value)
         elif isinstance(value, torch.optim.Optimizer):
             state[name] = get_optimizer_state_dict(_model_of(objects, name), value)
-        else:
+        elif not isinstance(value, LocalSGD):
             state[name] = value
     return state
 
 
-def _communicators_of(objects: Mapping[str, Any]) -> dict[str, Averager]:
-    """Communicators that belong to optimizers, under names of their own."""
-    owned = {name: getattr(value, "communicator", None) for name, value in objects.items()}
-    return {
-        f"{name}/communicator": communicator
-        for name, communicator in owned.items()
-        if isinstance(objects[name], torch.optim.Optimizer) and isinstance(communicator, Averager)
+def _communicators_of(objects: Mapping[str, Any]) -> dict[str, Averager | RankState]:
+    """Communicators and other state of each rank that belong to optimizers and `LocalSGD`, under names of their own."""
+    owned = {
+        f"{name}/{part}": getattr(value, part, None)
+        for name, value in objects.items()
+        if isinstance(value, torch.optim.Optimizer | LocalSGD)
+        for part in ("communicator", "rank_state")
     }
+    return {name: value for name, value in owned.items() if isinstance(value, Averager | RankState)}
 
 
 def _restore(objects: Mapping[str, Any], state: dict[str, Any]) -> None:
@@ -146,7 +151,7 @@ def _read_metadata(path: Path) -> Any:
     return metadata
 
 
-def _load_communicator(path: Path, name: str, communicator: Averager, entries: Mapping[str, Any]) -> None:
+def _load_communicator(path: Path, name: str, communicator: Averager | RankState, entries: Mapping[str, Any]) -> None:
     if f"{name}.head" not in entries:
         raise CheckpointError(f"load: expected the state of {name!r} in {path}, found none.")
     head_of = {name: {"head": ""}}
@@ -154,44 +159,43 @@ def _load_communicator(path: Path, name: str, communicator: Averager, entries: M
     head = communicator.check_head(head_of[name]["head"])
     ranks = communicator.connect()
 
-    keys: dict[int, list[str]] = {rank: [] for rank in range(head["world_size"])}
-    for entry in entries:
-        if entry.startswith(f"{name}.rows.rank"):
-            rank, _, key = entry.removeprefix(f"{name}.rows.rank").partition("/")
-            keys[int(rank)].append(key)
-    lost = [rank for rank, found in keys.items() if not found and any(keys.values())]
+    keys: list[dict[str, str]] = []  # of every saved rank: the entry of each state tensor
+    for rank in range(head["world_size"]):
+        prefix = f"{name}.rows.{communicator.saved_as(rank)}"
+        keys.append({entry.removeprefix(prefix): entry for entry in entries if entry.startswith(prefix)})
+    lost = [rank for rank, found in enumerate(keys) if not found and any(keys)]
     if lost:
         raise CheckpointError(f"load: expected the state of {len(keys)} ranks for {name!r}, missing rank {lost[0]}.")
 
     if head["world_size"] == ranks.size:
-        communicator.restore(head, _read_rows(path, name, ranks.rank, keys[ranks.rank], entries))
+        communicator.restore(head, _read_rows(path, name, keys[ranks.rank], entries))
     else:
         communicator.restore(head, _mean_rows(path, name, keys, entries))
 
 
-def _read_rows(path: Path, name: str, rank: int, keys: list[str], entries: Mapping[str, Any]) -> dict[str, Tensor]:
+def _read_rows(path: Path, name: str, keys: Mapping[str, str], entries: Mapping[str, Any]) -> dict[str, Tensor]:
     """The state tensors of one saved rank."""
     rows = {}
-    for key in keys:
-        entry = entries[f"{name}.rows.rank{rank}/{key}"]
-        assert isinstance(entry, TensorStorageMetadata)
-        rows[f"rank{rank}/{key}"] = torch.empty(entry.size, dtype=entry.properties.dtype)
+    for entry in keys.values():
+        saved = entries[entry]
+        assert isinstance(saved, TensorStorageMetadata)
+        rows[entry.removeprefix(f"{name}.rows.")] = torch.empty(saved.size, dtype=saved.properties.dtype)
     dcp_load({name: {"rows": rows}}, checkpoint_id=os.fspath(path))
-    return {key: rows[f"rank{rank}/{key}"] for key in keys}
+    return {key: rows[entry.removeprefix(f"{name}.rows.")] for key, entry in keys.items()}
 
 
-def _mean_rows(path: Path, name: str, keys: dict[int, list[str]], entries: Mapping[str, Any]) -> dict[str, Tensor]:
+def _mean_rows(path: Path, name: str, keys: list[dict[str, str]], entries: Mapping[str, Any]) -> dict[str, Tensor]:
     """For every state tensor the mean over the ranks (and workers) that hold a row: keys `state/parameter/0:rows`."""
     rows: dict[str, int] = {}
-    for found in keys.values():
+    for found in keys:
         for key in found:
             tensor, _, span = key.rpartition("/")
             rows[tensor] = max(rows.get(tensor, 0), int(span.partition(":")[2]))
     total: dict[str, Tensor] = {}
     holders = {tensor: torch.zeros(count, dtype=torch.float64) for tensor, count in rows.items()}
     dtypes: dict[str, torch.dtype] = {}
-    for rank, found in keys.items():
-        for key, value in _read_rows(path, name, rank, found, entries).items():
+    for found in keys:
+        for key, value in _read_rows(path, name, found, entries).items():
             tensor, _, span = key.rpartition("/")
             first, last = map(int, span.split(":"))
             dtypes[tensor] = value.dtype

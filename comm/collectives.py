@@ -57,6 +57,7 @@ class Collectives:
 
     def __init__(self, group: dist.ProcessGroup | None = None, timeout: datetime.timedelta | None = None) -> None:
         self.rank, self.size = 0, 1
+        self.first, self.groups = 0, 1  # the least of its ranks in the world; how many groups of this size fit there
         self.bytes = Bytes()
         self._group: dist.ProcessGroup | None = None
         self._timeout = timeout
@@ -64,6 +65,7 @@ class Collectives:
         if dist.is_available() and dist.is_initialized():
             ranks = dist.get_process_group_ranks(group if group is not None else dist.group.WORLD)
             self.rank, self.size = ranks.index(dist.get_rank()), len(ranks)
+            self.first, self.groups = min(ranks), dist.get_world_size() // len(ranks)
             self._group = dist.new_group(ranks, timeout=timeout, use_local_synchronization=group is not None)
 
     def split(self, members: Sequence[int]) -> "Collectives":
@@ -71,11 +73,19 @@ class Collectives:
         part = object.__new__(Collectives)
         part.rank, part.size = list(members).index(self.rank), len(members)
         part.bytes, part._group, part._timeout, part._parts = self.bytes, None, self._timeout, []
+        part.first, part.groups = self.first, self.groups
         if self._group is not None:
             mine = [dist.get_process_group_ranks(self._group)[i] for i in members]
             part._group = dist.new_group(mine, timeout=self._timeout, use_local_synchronization=True)
         self._parts.append(part)
         return part
+
+    def beside(self, group: dist.ProcessGroup) -> "Collectives":
+        """A group of other ranks that this one belongs to; it counts into the same counters and closes with this."""
+        other = Collectives(group, self._timeout)
+        other.bytes = self.bytes
+        self._parts.append(other)
+        return other
 
     @property
     def device(self) -> torch.device:
@@ -116,9 +126,9 @@ class Collectives:
         """Fill a buffer with what this rank sends."""
         self._run(functools.partial(dist.recv, group_src=rank), message)
 
-    def broadcast_(self, message: Tensor, rank: int) -> None:
-        """Copy one rank's buffer to all."""
-        if self.rank == rank:
+    def broadcast_(self, message: Tensor, rank: int, *, count: bool = True) -> None:
+        """Copy one rank's buffer to all; not counted where it is for agreement at start."""
+        if self.rank == rank and count:
             self._count(message, self.size - 1)
         if self.size > 1:
             self._run(functools.partial(dist.broadcast, group_src=rank), message)

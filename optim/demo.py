@@ -9,6 +9,7 @@ from typing import Any, Literal, Unpack, final
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import ParamsT
 
 from gradwire.comm import AllGather, CheckpointError, Communicator, DecoupledMomentum, Plan
@@ -291,9 +292,12 @@ class DeMo(Optimizer):
         active = {str(self._place(p)[1]): p for g in self.param_groups for p in g["params"] if p.requires_grad}
         if self._gradients is None or active.keys() != self._active.keys():
             self._finish()
-            check_shards(active.values(), group_given=self._group_given, whole=self.base == "orthogonalized")
+            check_shards("DeMo", active.values(), group_given=self._group_given)
+            if self.base == "orthogonalized" and any(isinstance(p, DTensor) for p in active.values()):
+                raise ValueError("DeMo: expected base='sign' or 'identity' on shards, got base='orthogonalized'.")
             self._active = active
-            self._gradients = ExchangedGradients(active, self.communicator, self._bucket_bytes)
+            plan = self.communicator.plan
+            self._gradients = ExchangedGradients(active, self.communicator, plan, self._bucket_bytes, "DeMo")
             if self.communicator.connect().size == 1 and not self._warned:
                 self._warned = True
                 _log.warning("DeMo: there is one rank, so nothing is exchanged: it saves communication, not steps.")

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from gradwire.comm import Communicator
+from gradwire.comm import Communicator, Plan
+from gradwire.comm.averager import Averager
 from gradwire.compression.base import compute_dtype
 from gradwire.optim.layout import local
 
@@ -22,16 +23,20 @@ class ExchangedGradients:
     Args:
         params: Parameters by name, on every rank the same; of a `DTensor`, this process's shard counts.
         communicator: What averages them.
+        plan: What of it the communicator compresses.
         bucket_bytes: Most bytes of a bucket, unless one parameter alone has more.
+        who: Whose errors these are.
     """
 
-    def __init__(self, params: Mapping[str, Tensor], communicator: Communicator, bucket_bytes: int) -> None:
-        self._communicator = communicator
+    def __init__(
+        self, params: Mapping[str, Tensor], communicator: Averager, plan: Plan, bucket_bytes: int, who: str
+    ) -> None:
+        self._communicator, self._who = communicator, who
         self.buffers = {
             p: torch.zeros_like(local(p.detach()), dtype=compute_dtype(p.dtype), memory_format=torch.contiguous_format)
             for p in params.values()
         }
-        why_dense = {name: communicator.plan.why_dense(name, self.buffers[p].shape) for name, p in params.items()}
+        why_dense = {name: plan.why_dense(name, self.buffers[p].shape) for name, p in params.items()}
         self.dense = {p for name, p in params.items() if why_dense[name] is not None}
         self.buckets: list[tuple[list[str], list[Tensor]]] = []
         for dense in (False, True):
@@ -56,8 +61,8 @@ class ExchangedGradients:
                 self.buffers[p].zero_()
             elif p.grad.layout != torch.strided:
                 raise RuntimeError(
-                    f"DeMo: expected dense gradients, got {p.grad.layout} for a parameter of shape {tuple(p.shape)}. "
-                    "Use sparse=False in its layer."
+                    f"{self._who}: expected dense gradients, got {p.grad.layout} for a parameter of shape "
+                    f"{tuple(p.shape)}. Use sparse=False in its layer."
                 )
         if not with_grad:
             return
@@ -66,13 +71,19 @@ class ExchangedGradients:
         if not (isinstance(factor, float) and factor == 1.0):
             torch._foreach_mul_(buffers, factor)
 
-    def average(self) -> None:
-        """Replace what the buffers hold by its average over ranks; one step of the communicator."""
+    def average(self, prefix: str = "") -> None:
+        """Replace what the buffers hold by its average over ranks; one step of the communicator.
+
+        Args:
+            prefix: Put before every name, for tensors of another kind.
+        """
         for i, (names, params) in enumerate(self.buckets, start=1):
-            self._communicator.average_([self.buffers[p] for p in params], names, last=i == len(self.buckets))
+            buffers, last = [self.buffers[p] for p in params], i == len(self.buckets)
+            self._communicator.average_(buffers, [prefix + name for name in names], last=last)
 
     def read_state(self, name: str, into: Mapping[Tensor, Tensor]) -> None:
         """Copy a state of the communicator's feedback into one tensor per parameter; zero for what is sent dense."""
+        assert isinstance(self._communicator, Communicator)
         for names, params in self.buckets:
             self._communicator.read_state(name, [into[p] for p in params], names)
 
@@ -90,26 +101,24 @@ def obeying(optimizer: torch.optim.Optimizer, found_inf: Tensor | None) -> Itera
             setattr(optimizer, name, value)
 
 
-def check_shards(params: Iterable[Tensor], *, group_given: bool, whole: bool) -> None:
+def check_shards(who: str, params: Iterable[Tensor], *, group_given: bool) -> None:
     """Raise ValueError where sharded parameters cannot be exchanged: each rank must do so with its peers.
 
     Args:
+        who: Whose error it is.
         params: Of which the `DTensor`s are looked at.
         group_given: Whether the user named the ranks that exchange.
-        whole: Whether the update needs whole matrices.
     """
     for p in params:
         if not isinstance(p, DTensor):
             continue
         if not group_given:
             raise ValueError(
-                "DeMo: expected the group across which sharded parameters are replicated, got group=None. "
+                f"{who}: expected the group across which sharded parameters are replicated, got group=None. "
                 "Give group=mesh['replicate'].get_group()."
             )
         if any(placement.is_replicate() for placement in p.placements):
             raise ValueError(
-                f"DeMo: expected parameters that are only sharded, got placements {p.placements}, whose gradients "
+                f"{who}: expected parameters that are only sharded, got placements {p.placements}, whose gradients "
                 "are averaged already. Give fully_shard mesh['shard'] alone."
             )
-        if whole:
-            raise ValueError("DeMo: expected base='sign' or 'identity' on shards, got base='orthogonalized'.")

@@ -1,4 +1,4 @@
-"""`Shards`: sums over a whole tensor, of which each process may hold a part."""
+"""`Shards`: sums and maxima over a whole tensor, of which each process may hold a part."""
 
 from collections.abc import Callable, Iterator
 
@@ -32,12 +32,19 @@ class Shards:
         Returns:
             Tensors of these shapes, equal on all these processes.
         """
+        return self._reduce(parts, dim, "sum")
+
+    def max(self, parts: list[Tensor], dim: int) -> list[Tensor]:
+        """The largest over the processes that share a dimension, else as `sum`."""
+        return self._reduce(parts, dim, "max")
+
+    def _reduce(self, parts: list[Tensor], dim: int, operation: str) -> list[Tensor]:
         groups = self._groups[dim] if self._groups else ()
         if not groups or not parts:
             return parts
         total = torch.cat([part.reshape(-1) for part in parts])
         for group in groups:
-            total = _wait(_all_reduce(total, "sum", group))
+            total = _wait(_all_reduce(total, operation, group))
         pieces = torch.split(total, [part.numel() for part in parts])
         return [piece.view(part.shape) for piece, part in zip(pieces, parts, strict=True)]
 

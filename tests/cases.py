@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from reference import adafactor, demo, feedback, lamb, masha, mkor, optimizers, quantizers, sparsifiers
+from reference import adafactor, demo, diloco, feedback, lamb, masha, mkor, one_bit, optimizers, quantizers, sparsifiers
 
 from gradwire import comm, optim
 from gradwire import compression as C
@@ -51,6 +51,9 @@ class OptimizerCase:
     reference: Callable[..., Any]
     errors: tuple[tuple[dict[str, Any], str], ...] = ()
     rosenbrock_lr: float = 2e-2
+
+    def __str__(self) -> str:
+        return f"{self.cls.__name__}({', '.join(f'{name}={value}' for name, value in self.kwargs.items())})"
 
 
 @dataclass(frozen=True)
@@ -517,6 +520,82 @@ EXCHANGING: list[OptimizerCase] = [  # their suite is tests/test_demo*.py: a ste
     ),
 ]
 
+_POLICY = {"kappa": 2, "double_every": 4, "max_interval": 4}
+_SIGNS = {"compressor": C.ScaledSign(width=16), "plan": _ALL}
+
+ONE_BIT: list[OptimizerCase] = [  # their suite: tests/test_one_bit*.py
+    OptimizerCase(
+        optim.OneBitAdam,
+        {"warmup_steps": 5, **_SIGNS},
+        partial(one_bit.one_bit_adam, width=16),
+        errors=(
+            ({"lr": -1.0}, r"OneBitAdam: expected 0 <= lr, got lr=-1\.0"),
+            ({"betas": (1.0, 0.9)}, r"expected 0 <= betas\[0\] < 1"),
+            ({"eps": -1.0}, "expected 0 <= eps"),
+            ({"weight_decay": -0.1}, "expected 0 <= weight_decay"),
+            ({"warmup_steps": 0}, "OneBitAdam: expected an integer warmup_steps >= 1, got warmup_steps=0"),
+            ({"warmup_steps": 0.5}, r"got warmup_steps=0\.5"),
+            ({"bucket_mb": 0}, "OneBitAdam: expected bucket_mb > 0, got bucket_mb=0"),
+            ({"differentiable": True}, "OneBitAdam: expected differentiable=False"),
+            ({"compressor": C.RandomK(k=8, chunk=64)}, "TwoPhase: expected a second compressor without shared random"),
+        ),
+    ),
+    OptimizerCase(
+        optim.OneBitAdam,
+        {"warmup_steps": 3, "betas": (0.5, 0.9), "eps": 1e-4, "weight_decay": 0.1, "bias_correction": False, **_SIGNS},
+        partial(one_bit.one_bit_adam, width=16),
+    ),
+    OptimizerCase(
+        optim.OneBitLAMB,
+        {"warmup_steps": 5, **_SIGNS},
+        partial(one_bit.one_bit_lamb, width=16),
+        errors=(
+            ({"beta3": 1.0}, r"OneBitLAMB: expected 0 <= beta3 < 1, got beta3=1\.0"),
+            ({"threshold": 1.0}, "expected 0 <= threshold < 1"),
+            ({"ratio_bounds": (2.0, 1.0)}, r"expected ratio_bounds \(low, high\) with 0 <= low <= high, got \(2"),
+            ({"factor_bounds": 4.0}, r"expected factor_bounds \(low, high\)"),
+            ({"factor_bounds": (2.0, 4.0)}, r"expected factor_bounds around 1, got \(2\.0, 4\.0\)"),
+            ({"warmup_steps": True}, "OneBitLAMB: expected an integer warmup_steps >= 1, got warmup_steps=True"),
+        ),
+    ),
+    OptimizerCase(
+        optim.OneBitLAMB,
+        {
+            "warmup_steps": 4,
+            "betas": (0.5, 0.9),
+            "weight_decay": 0.5,
+            "beta3": 0.5,
+            "ratio_bounds": (0.1, 0.5),
+            "factor_bounds": (0.9, 1.2),
+            "threshold": 0.05,
+            "bias_correction": False,
+            **_SIGNS,
+        },
+        partial(one_bit.one_bit_lamb, width=16),
+    ),
+    OptimizerCase(
+        optim.ZeroOneAdam,
+        {"warmup_steps": 4, **_POLICY, **_SIGNS},
+        partial(one_bit.zero_one_adam, width=16),
+        errors=(
+            ({"kappa": 0}, "ZeroOneAdam: expected an integer kappa >= 1, got kappa=0"),
+            ({"double_every": 0}, "expected an integer double_every >= 1, got double_every=0"),
+            ({"max_interval": 1.5}, r"expected an integer max_interval >= 1, got max_interval=1\.5"),
+            ({"warmup_steps": 0}, "expected an integer warmup_steps >= 1, got warmup_steps=0"),
+        ),
+    ),
+    OptimizerCase(
+        optim.ZeroOneAdam,
+        {"warmup_steps": 12, "betas": (0.5, 0.9), "weight_decay": 0.5, "bias_correction": False, **_POLICY, **_SIGNS},
+        partial(one_bit.zero_one_adam, width=16),
+    ),
+    OptimizerCase(
+        optim.ZeroOneAdam,
+        {"warmup_steps": 4, "eps": 1e-4, "weight_decay": 0.1, **_POLICY, "max_interval": 2, **_SIGNS},
+        partial(one_bit.zero_one_adam, width=16),
+    ),
+]
+
 PRECONDITIONERS: list[tuple[type[torch.optim.Optimizer], Callable[..., Any]]] = [  # their suite: tests/test_mkor*.py
     (optim.MKOR, mkor.mkor),
     (optim.MKORH, mkor.mkorh),
@@ -525,6 +604,11 @@ PRECONDITIONERS: list[tuple[type[torch.optim.Optimizer], Callable[..., Any]]] = 
 GAMES: list[tuple[type[torch.optim.Optimizer], Callable[..., Any]]] = [  # their suite: tests/test_masha*.py
     (optim.MASHA1, masha.masha1),
     (optim.MASHA2, masha.masha2),
+]
+
+OUTER_LOOPS: list[tuple[type, Callable[..., Any]]] = [  # their suite: tests/test_diloco*.py
+    (optim.DiLoCo, diloco.diloco),
+    (comm.LocalSGD, diloco.local_sgd),
 ]
 
 FEEDBACKS: list[FeedbackCase] = [

@@ -48,7 +48,7 @@ FAMILIES = [
     Family(
         optim,
         optim.Optimizer,
-        [(case.cls, case.reference) for case in cases.OPTIMIZERS + cases.EXCHANGING],
+        [(case.cls, case.reference) for case in cases.OPTIMIZERS + cases.EXCHANGING + cases.ONE_BIT],
         ("Args:", "Shapes:", "Cost:", "State:", "Example:", "Reference:"),
     ),
     Family(
@@ -62,6 +62,18 @@ FAMILIES = [
         MASHA,
         list(cases.GAMES),
         ("Args:", "Shapes:", "Cost:", "State:", "Example:", "Reference:"),
+    ),
+    Family(
+        optim,
+        optim.DiLoCo,
+        list(cases.OUTER_LOOPS),
+        ("Args:", "Shapes:", "Cost:", "State:", "Example:", "Reference:"),
+    ),
+    Family(
+        comm,
+        comm.LocalSGD,
+        list(cases.OUTER_LOOPS),
+        ("Args:", "Cost:", "State:", "Example:", "Reference:"),
     ),
 ]
 PACKAGES = [compression, comm, optim]  # their examples are executed

@@ -96,8 +96,9 @@ def contents(checkpoint: Path, target: Path) -> dict[str, Any]:
         ["--optimizer", "adamp(weight_decay=0.1)", "--compressor", "ChunkTopK(k=64, chunk=256)", "--feedback", "EF21"],
         ["--optimizer", "DeMo(k=8, values='sign', chunk=16)", "--host", "ddp"],
         ["--optimizer", "DeMo(k=8, chunk=16, form='overlapped')", "--host", "loop", "--dtype", "float16"],
+        ["--optimizer", "OneBitAdam(warmup_steps=2)"],
     ],
-    ids=["ef21", "demo", "overlapped"],
+    ids=["ef21", "demo", "overlapped", "one-bit"],
 )
 def test_resumed_run_equals_the_uninterrupted_one_to_the_bit(made: list[str], tmp_path: Path) -> None:
     whole, cut = tmp_path / "whole", tmp_path / "cut"
@@ -297,6 +298,9 @@ def test_every_dtype_host_and_bucket_size_learns_and_ranks_agree(tmp_path: Path)
         {"configuration": "DeMo(k=8, chunk=16)"},
         {"configuration": "DeMo(k=8, chunk=16, values='sign')", "dtype": "float16", "host": "loop"},
         {"configuration": "DeMo(k=8, chunk=16, form='overlapped')", "dtype": "bfloat16", "bucket_mb": 0.01},
+        {"configuration": "OneBitAdam(warmup_steps=10)", "dtype": "float16"},
+        {"configuration": "OneBitLAMB(warmup_steps=10)", "host": "loop"},
+        {"configuration": "ZeroOneAdam(warmup_steps=10, kappa=4, double_every=8, max_interval=4)"},
     ]
     changes = [{"steps": 40, **change} for change in changes]
     for summaries in run_ranks(2, _train, str(tmp_path), changes):

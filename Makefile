@@ -2,6 +2,7 @@
 PYTHON ?= python3
 NPROC ?= 2
 TRAIN ?= --compare default
+WORKERS ?= 2
 
 BIN := .venv/bin
 PACKAGES := $(patsubst %/__init__.py,%,$(wildcard */__init__.py))
@@ -23,7 +24,7 @@ results: train ## The same, kept in bench/results and shown in the README
 	$(BIN)/gradwire report --write
 
 test: lint types ## Lint, types, layers and every test
-	$(BIN)/pytest
+	$(BIN)/pytest -n $(WORKERS) --dist worksteal
 
 test-products: setup ## Train every legal product of compressor, feedback and exchange on 2 ranks: minutes
 	GRADWIRE_PRODUCTS=all $(BIN)/pytest -m slow tests/test_products.py

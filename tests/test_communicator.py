@@ -11,7 +11,19 @@ from torch import Tensor
 
 from gradwire import comm
 from gradwire import compression as C
-from gradwire.comm import EF, EF21, Communicator, NoFeedback, Plan, PowerSGD, Simulated, TwoPhase, Warmup
+from gradwire.comm import (
+    EF,
+    EF21,
+    Communicator,
+    EControl,
+    ErrorFeedback,
+    NoFeedback,
+    Plan,
+    PowerSGD,
+    Simulated,
+    TwoPhase,
+    Warmup,
+)
 
 every_communicator = pytest.mark.parametrize("case", ONE_RANK, ids=lambda case: case.name)
 every_composed = pytest.mark.parametrize("case", COMPOSED, ids=lambda case: case.name)
@@ -325,12 +337,14 @@ def test_a_message_adds_alignment_and_a_flag(case: CommunicatorCase) -> None:
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")  # Inductor's own
 @pytest.mark.parametrize(
-    ("compressor", "workers"), [(C.ChunkTopK(k=8, chunk=256), 1), (C.ScaledSign(width=256), 3)], ids=repr
+    ("compressor", "feedback", "workers"),
+    [(C.ChunkTopK(k=8, chunk=256), EControl(), 1), (C.ScaledSign(width=256), EF(), 3)],
+    ids=repr,
 )
-def test_fused_equals_eager(compressor: C.Compressor, workers: int) -> None:
+def test_fused_equals_eager(compressor: C.Compressor, feedback: ErrorFeedback, workers: int) -> None:
     def make(fused: bool) -> Communicator:
         exchange = Simulated(workers) if workers > 1 else None
-        return Communicator(compressor, feedback=EF(), exchange=exchange, plan=ALL, fused=fused)
+        return Communicator(compressor, feedback=feedback, exchange=exchange, plan=ALL, fused=fused)
 
     fused, eager = make(True), make(False)
     for step in range(3):

@@ -262,7 +262,7 @@ _DIFFERENCES: dict[str, tuple[Callable[[], Averager], Callable[[], Averager], st
     "feedback": (
         lambda: Communicator(ScaledSign(), feedback=EF()),
         lambda: Communicator(ScaledSign(), feedback=EF21()),
-        r"differ in feedback: rank 0 has EF\(decay=1\.0\), rank 1 has EF21\(\)",
+        r"differ in feedback: rank 0 has EF\(decay=1\.0\), rank 1 has EF21\(dense_start=False\)",
     ),
     "plan": (
         lambda: Communicator(Identity(), plan=Plan(min_numel=10)),

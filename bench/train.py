@@ -186,14 +186,9 @@ class Trainer:
         return len(set(digests)) == 1
 
     def save(self, folder: RunFolder, step: int) -> None:
-        """Write a checkpoint; it gets its name when all ranks have finished."""
+        """Write a checkpoint."""
         self.settle()
-        path = folder.checkpoint(step)
-        partial = path.with_name(path.name + ".partial")
-        checkpoint.save(partial, **self._state())
-        dist.barrier()
-        if self.rank == 0:
-            partial.replace(path)
+        checkpoint.save(folder.checkpoint(step), **self._state())
 
     def load(self, folder: RunFolder, step: int) -> None:
         """Continue from a checkpoint."""

@@ -26,6 +26,7 @@ from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 from gradwire.comm.averager import Averager
+from gradwire.comm.checkpoint_folder import finished, replacing, verify
 from gradwire.comm.errors import CheckpointError
 from gradwire.comm.local_sgd import LocalSGD
 from gradwire.comm.rank_state import RankState
@@ -34,8 +35,11 @@ from gradwire.comm.rank_state import RankState
 def save(path: str | os.PathLike[str], **objects: Any) -> None:
     """Write a checkpoint; every rank calls it.
 
+    It takes its place when all ranks have finished: whatever fails before, a process that dies included, leaves an
+    earlier checkpoint of this name as it was.
+
     Args:
-        path: Folder of the checkpoint.
+        path: Folder of the checkpoint, on a file system that all ranks share.
         **objects: By name: communicators, modules, optimizers (with their module as `model`; the `communicator` of one
             that exchanges by itself is taken along), `LocalSGD`, and anything that `torch.distributed.checkpoint` takes
             (state dicts, objects with `state_dict` and `load_state_dict`).
@@ -45,7 +49,8 @@ def save(path: str | os.PathLike[str], **objects: Any) -> None:
     """
     with _one_process_is_fine():
         state = _state(objects)  # first: taking an optimizer's state may finish what its communicator does
-        dcp_save({**state, **_communicators_of(objects)}, checkpoint_id=os.fspath(path))
+        with replacing(Path(path)) as folder:
+            dcp_save({**state, **_communicators_of(objects)}, checkpoint_id=os.fspath(folder))
 
 
 def load(path: str | os.PathLike[str], **objects: Any) -> None:
@@ -56,11 +61,11 @@ def load(path: str | os.PathLike[str], **objects: Any) -> None:
         **objects: As in `save`; any part of what was saved.
 
     Raises:
-        CheckpointError: a file or entry is missing (named), or a hyper-parameter of a communicator differs from the
-            saved one (both values named).
+        CheckpointError: a file or entry is missing or was altered (named), or a hyper-parameter of a communicator
+            differs from the saved one (both values named).
     """
     with _one_process_is_fine():
-        _load(Path(path), objects)
+        _load(finished(Path(path)), objects)
 
 
 def _load(path: Path, objects: dict[str, Any]) -> None:
@@ -141,6 +146,7 @@ def _read_metadata(path: Path) -> Any:
     """Metadata of a checkpoint whose files are all there."""
     if not (path / ".metadata").is_file():
         raise CheckpointError(f"load: expected a finished checkpoint in {path}, found no .metadata file there.")
+    verify(path, [".metadata"])
     metadata = FileSystemReader(path).read_metadata()
     files = {info.relative_path for info in (metadata.storage_data or {}).values()}
     missing = sorted(name for name in files if not (path / name).is_file())
@@ -148,6 +154,7 @@ def _read_metadata(path: Path) -> Any:
         raise CheckpointError(
             f"load: expected {len(files)} files in {path}, missing {', '.join(missing)}. Every rank writes its own."
         )
+    verify(path, sorted(files))
     return metadata
 
 

@@ -63,7 +63,7 @@ class Communicator(Averager):
         exchange: How payloads become their mean; `AllReduce` where payloads may be added, else `AllGather`.
         plan: What is compressed and what is sent dense.
         participants: How many of the ranks (or simulated workers) take part in a step, drawn anew in each; all by
-            default. Those that do not send zeros, which saves bytes in simulation only.
+            default. The others send zeros, so that bytes are saved in simulation only.
         group: The ranks that take part; all ranks by default.
         seed: Seed of all random draws; equal on all ranks.
         fused: Compile compensation, compression and the state's update into one kernel with `torch.compile`, once per

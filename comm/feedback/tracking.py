@@ -13,7 +13,7 @@ class Tracking(ErrorFeedback):
         sent_i = C(target);  h_i <- h_i + sent_i;  H <- H + mean_i sent_i;  estimate = H
 
     Subclasses say what the target is and add their own state; their field `dense_start` lets h_i and H start at the
-    first gradients and their dense mean in place of zero.
+    first gradients and their dense mean in place of zero (unless that step is skipped for a non-finite one).
     """
 
     dense_start: bool

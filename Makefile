@@ -2,7 +2,7 @@
 PYTHON ?= python3
 NPROC ?= 2
 TRAIN ?= --compare default
-WORKERS ?= 3
+WORKERS ?= 2
 
 BIN := .venv/bin
 PACKAGES := $(patsubst %/__init__.py,%,$(wildcard */__init__.py))

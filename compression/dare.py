@@ -3,8 +3,9 @@
 import functools
 import math
 from abc import abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import final
+from typing import Any, final
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from gradwire.compression.checks import check_positive
 
 
 @functools.lru_cache(maxsize=256)
-def capacity_and_share(width: int, drop: float) -> tuple[int, float]:
+def _capacity_and_share(width: int, drop: float) -> tuple[int, float]:
     """Slots of a row, and the exact probability that an entry gets one.
 
     The number K of kept entries is binomial. Slots are its mean and one standard deviation: they are sent whether or
@@ -35,6 +36,15 @@ def capacity_and_share(width: int, drop: float) -> tuple[int, float]:
     return capacity, min(keep, mean / width)
 
 
+def _look_up(width: int, drop: float) -> tuple[int, float]:
+    return _capacity_and_share(width, drop)
+
+
+_constant: Any = torch.compiler.assume_constant_result  # has no types
+capacity_and_share: Callable[[int, float], tuple[int, float]] = _constant(_look_up)
+"""Slots of a row of this width, and the exact probability that an entry gets one; a compiler takes it as it is."""
+
+
 @torch.library.custom_op("gradwire::kept_positions", mutates_args=())  # opaque: a compiler would not keep its table
 def kept_positions(keys: Tensor, width: int, drop: float) -> Tensor:
     """Where the entries in the slots of each row stand: int64 `[len(keys), capacity]`, -1 for slots that are not used.
@@ -52,7 +62,7 @@ def kept_positions(keys: Tensor, width: int, drop: float) -> Tensor:
 
 @kept_positions.register_fake
 def _(keys: Tensor, width: int, drop: float) -> Tensor:
-    return keys.new_empty((keys.shape[0], capacity_and_share(width, drop)[0]))
+    return keys.new_empty((keys.shape[0], capacity_and_share(int(width), drop)[0]))  # a compiler may bring a symbol
 
 
 @functools.lru_cache(maxsize=256)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gradwire.comm import Communicator, Plan, Simulated
+from gradwire.comm import EF, Communicator, Plan, Simulated
 from gradwire.compression import DARE, BlockQuantize, Chain, Compressor, DAREx, RandomK, Scaled, counter_rng
 from gradwire.compression.dare import _gap_table, capacity_and_share, kept_positions
 
@@ -215,3 +215,19 @@ def test_the_operator_tells_a_compiler_what_it_returns() -> None:
     torch.library.opcheck(
         kept_positions, (counter_rng.row_keys(0, 3), 20, 0.5), test_utils=("test_schema", "test_faketensor")
     )
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")  # Inductor's own
+def test_compiled_equals_eager_at_any_number_of_rows(caplog: pytest.LogCaptureFixture) -> None:
+    """Rows differ from call to call, which makes sizes symbols to the compiler; it neither warns nor logs an error."""
+    options = {"feedback": EF(), "exchange": Simulated(2), "plan": Plan(min_ndim=0, min_numel=0)}
+    for compressor in (DAREx(drop=0.9, chunk=256), DAREx(drop=0.9, chunk=512)):
+        fused, eager = (Communicator(compressor, fused=fused, **options) for fused in (True, False))
+        for i, numel in enumerate((1000, 5000, 77)):
+            grads = torch.randn(2, numel)
+            ours, theirs = grads.clone(), grads.clone()
+            fused.average_([ours], [f"x{i}"])
+            eager.average_([theirs], [f"x{i}"])
+            torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
+    assert [record.message for record in caplog.records if record.levelname == "ERROR"] == []

@@ -74,10 +74,10 @@ class OneBitAdam(FrozenVariance):
         with Adam's Convergence Speed. ICML 2021. arXiv:2102.02888. Algorithm 1.
 
     Differences from the paper:
-        It has no bias correction, which matters after a short warm-up: v is too small then, for good. One scale per row
-        of 1024 entries, not one for all; small tensors are sent whole. Momenta of entries without a variance are zero,
-        since one bit has no zero. A gradient that is not finite on any rank makes all ranks skip the step. Gradient
-        clipping can only be each rank's own.
+        Written from knowledge of it, not from the printed algorithm. It has no bias correction, which matters after a
+        short warm-up: v is too small then, for good. One scale per row of 1024 entries, not one for all; small
+        tensors are sent whole. Momenta of entries without a variance are zero, since one bit has no zero. A gradient
+        that is not finite on any rank makes all ranks skip the step. Gradient clipping can only be each rank's own.
     """
 
     elementwise = True

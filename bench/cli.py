@@ -14,6 +14,7 @@ import typer
 
 import gradwire
 from gradwire.bench.cli_bench import bench
+from gradwire.bench.cli_plan import plan
 from gradwire.bench.errors import UsageError
 
 app = typer.Typer(
@@ -23,6 +24,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(bench, name="bench")
+app.command()(plan)
 
 _MODEL, _GRADIENTS, _OUTPUT = "Model and data", "Gradients and weights", "Output"
 _VARIADIC = ("--compare", "--data", "--optimizers", "--lrs", "--methods", "--world-sizes", "--problems", "--claims")
@@ -61,9 +63,19 @@ def train(
         ),
     ] = None,
     host: Annotated[
-        Literal["ddp", "loop"],
-        typer.Option(help="DistributedDataParallel or a plain training loop.", rich_help_panel=_GRADIENTS),
+        Literal["ddp", "loop", "hsdp"],
+        typer.Option(
+            help="DistributedDataParallel, a plain training loop, or FSDP2 inside groups of ranks and the communicator "
+            "across them.",
+            rich_help_panel=_GRADIENTS,
+        ),
     ] = "ddp",
+    shards: Annotated[
+        int,
+        typer.Option(
+            min=0, help="Ranks in a group of hsdp; 0: those of a machine, or two.", rich_help_panel=_GRADIENTS
+        ),
+    ] = 0,
     bucket_mb: Annotated[
         float, typer.Option(min=0.001, help="Size of a gradient bucket in MiB.", rich_help_panel=_GRADIENTS)
     ] = 25.0,
@@ -129,6 +141,7 @@ def train(
         "dtype": dtype,
         "host": host,
         "bucket_mb": bucket_mb,
+        "shards": shards,
         "eval_every": eval_every or max(1, steps // 10),
         "checkpoint_every": checkpoint_every,
         "data": [str(path.resolve()) for path in data or ()],

@@ -11,9 +11,10 @@ import inspect
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any, final
+from typing import Any, final, get_args
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from gradwire import comm, compression, optim
@@ -60,20 +61,29 @@ class Configuration:
     text: str
     terms: Mapping[str, ast.expr]
 
-    def communicator(self, seed: int) -> Averager:
-        """A new communicator.
+    def communicator(self, seed: int, group: dist.ProcessGroup | None = None) -> Averager:
+        """A new communicator of these ranks, all by default.
 
         Raises:
             UsageError: a value is wrong or the product is not legal.
         """
-        return _communicator(self.terms, seed)
+        made = _communicator(self.terms, seed)
+        made.group = group
+        return made
 
     def optimizer(
-        self, named_parameters: Iterable[tuple[str, Tensor]], default: str = "AdamW", *, lr: float, seed: int = 0
+        self,
+        named_parameters: Iterable[tuple[str, Tensor]],
+        default: str = "AdamW",
+        *,
+        lr: float,
+        seed: int = 0,
+        group: dist.ProcessGroup | None = None,
     ) -> torch.optim.Optimizer:
         """A new optimizer: `default` unless the configuration names one, with this `lr` unless its term gives one.
 
-        One that draws random numbers of its own gets the `seed`, again unless its term gives one.
+        One that draws random numbers of its own gets the `seed`, again unless its term gives one, and one that
+        exchanges gradients by itself the `group` that it does it in.
 
         Raises:
             UsageError: a name or value is wrong.
@@ -83,8 +93,9 @@ class Configuration:
         args, keywords = _arguments(term, 0)
         if args:
             raise UsageError(f"{cls.__name__}: expected named values such as lr=1e-3, got {args[0]!r}.")
-        if "seed" in inspect.signature(cls).parameters:
-            keywords.setdefault("seed", seed)
+        for name, value in (("seed", seed), ("group", group)):
+            if name in _keywords(cls):
+                keywords.setdefault(name, value)
         made = _call(cls, [named_parameters], {"lr": lr, **keywords})
         assert isinstance(made, torch.optim.Optimizer)
         return made
@@ -300,6 +311,17 @@ def _value(node: ast.expr, seed: int) -> Any:
         return ast.literal_eval(node)
     except ValueError:
         raise UsageError(f"expected a literal or a known name, got {ast.unparse(node)}.") from None
+
+
+def _keywords(cls: type) -> set[str]:
+    """The names that a constructor takes, those of `**options: Unpack[...]` among them."""
+    names = set()
+    for parameter in inspect.signature(cls).parameters.values():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            names |= {name for options in get_args(parameter.annotation) for name in options.__annotations__}
+        else:
+            names.add(parameter.name)
+    return names
 
 
 def _call(cls: Callable[..., Any], args: list[Any], keywords: Mapping[str, Any]) -> Any:

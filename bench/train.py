@@ -11,15 +11,15 @@ from typing import Any, Literal, final
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 
 from gradwire.bench.data import Corpus
 from gradwire.bench.errors import UsageError
+from gradwire.bench.hosts import HOSTS, whole
 from gradwire.bench.model import ByteTransformer, nats_per_byte, num_parameters
 from gradwire.bench.progress import Progress
 from gradwire.bench.runs import Record, RunFolder, write_json
 from gradwire.bench.specs import own_communicator, parse
-from gradwire.comm import Stats, attach, checkpoint, keep_local
+from gradwire.comm import Stats, checkpoint
 from gradwire.optim import DeMo, ZeroOneAdam
 
 _HELD_OUT_WINDOWS = 256
@@ -44,11 +44,13 @@ class Options:
         lr: Peak learning rate of an optimizer that does not name its own, > 0.
         warmup: Share of the steps over which it rises, 0 <= warmup < 1; a cosine brings it down to zero.
         dtype: Of matrix products (autocast); float16 comes with a loss scale.
-        host: "ddp" for `DistributedDataParallel`, "loop" for a plain training loop.
-        bucket_mb: Size of a gradient bucket in MiB, > 0.
+        host: "ddp" for `DistributedDataParallel`, "loop" for a plain training loop, "hsdp" for FSDP2 inside groups of
+            ranks and the communicator across them.
+        bucket_mb: Size of a gradient bucket in MiB, > 0, with "ddp" and "loop".
         eval_every: Steps between evaluations, >= 1.
         checkpoint_every: Steps between checkpoints; 0 for one at the end only.
         data: Paths of files to train on; the standard library's source if empty.
+        shards: Ranks in a group of "hsdp", >= 1; 0 for those of one machine, or two.
     """
 
     configuration: str
@@ -63,11 +65,12 @@ class Options:
     lr: float
     warmup: float
     dtype: Literal["float32", "bfloat16", "float16"]
-    host: Literal["ddp", "loop"]
+    host: Literal["ddp", "loop", "hsdp"]
     bucket_mb: float
     eval_every: int
     checkpoint_every: int
     data: list[str]
+    shards: int = 0
 
     def __post_init__(self) -> None:
         if self.width % (2 * self.heads):
@@ -94,44 +97,33 @@ class Trainer:
         configuration = parse(options.configuration, options.optimizer)
         torch.manual_seed(options.seed)  # every rank starts from the same weights
         self.model = ByteTransformer(options.layers, options.width, options.heads).to(device)
+        self.host = HOSTS[options.host](self.model, bucket_mb=options.bucket_mb, shards=options.shards)
         self.optimizer = configuration.optimizer(
-            self.model.named_parameters(), options.optimizer, lr=options.lr, seed=options.seed
+            self.model.named_parameters(),
+            options.optimizer,
+            lr=options.lr,
+            seed=options.seed,
+            group=self.host.group,
         )
         self.scaler = torch.amp.GradScaler(device.type, enabled=options.dtype == "float16")
         self._peak_lrs = [float(group["lr"]) for group in self.optimizer.param_groups]
         own = own_communicator(self.optimizer)
         self._exchanges_itself = own is not None
-        self.communicator = configuration.communicator(options.seed) if own is None else own
-        self._forward: torch.nn.Module = self.model
         self._wait: Callable[[], None] | None = None
-        if options.host == "ddp":
-            self._forward = DistributedDataParallel(self.model, bucket_cap_mb=options.bucket_mb)
-        if not self._exchanges_itself:
-            self._attach()
-        elif isinstance(self._forward, DistributedDataParallel):
-            keep_local(self._forward)
-
-    def _attach(self) -> None:
-        """Have the communicator average gradients before the optimizer sees them."""
-        scaler = self.scaler if self.scaler.is_enabled() else None
-        if isinstance(self._forward, DistributedDataParallel):
-            attach(self._forward, self.communicator, optimizer=self.optimizer, scaler=scaler)
-            return
-        handle = attach(
-            self.model.named_parameters(),
-            self.communicator,
-            optimizer=self.optimizer,
-            scaler=scaler,
-            bucket_mb=self.options.bucket_mb,
-        )
-        self._wait = handle.wait
+        if own is None:
+            self.communicator = configuration.communicator(options.seed, self.host.group)
+            scaler = self.scaler if self.scaler.is_enabled() else None
+            self._wait = self.host.attach(self.communicator, self.optimizer, scaler)
+        else:
+            self.communicator = own
+            self.host.keep_local()
 
     def step(self, step: int) -> Tensor:
         """One optimizer step, counted from 0; returns this rank's loss."""
         for group, peak in zip(self.optimizer.param_groups, self._peak_lrs, strict=True):
             group["lr"] = peak * self._schedule(step)
         batch = self.corpus.batch(self.options.seed, step, self.rank, self.options.batch, self.options.context)
-        loss = self._loss(self._forward, *batch)
+        loss = self._loss(self.host.forward, *batch)
         self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
         if self._wait is not None:
             self._wait()  # the scaler looks at gradients before the optimizer's own hook would wait for them
@@ -163,10 +155,14 @@ class Trainer:
     def _evaluate(self) -> float:
         inputs, targets = self.corpus.held_out(_HELD_OUT_WINDOWS, self.options.context, self.rank, self.world_size)
         total = torch.zeros(2, dtype=torch.float64, device=self.device)
-        for first in range(0, len(inputs), self.options.batch):
+        most = -(-_HELD_OUT_WINDOWS // self.world_size)  # windows of any rank
+        for first in range(0, most, self.options.batch):
             some = slice(first, first + self.options.batch)
-            total[0] += self._loss(self.model, inputs[some], targets[some]).double() * len(inputs[some])
-            total[1] += len(inputs[some])
+            if windows := len(inputs[some]):
+                total[0] += self._loss(self.model, inputs[some], targets[some]).double() * windows
+                total[1] += windows
+            elif self.host.sharded:
+                self._loss(self.model, inputs[:1], targets[:1])  # other ranks need its shards once more
         dist.all_reduce(total)
         return float(total[0] / total[1])
 
@@ -180,7 +176,7 @@ class Trainer:
         """Whether all ranks hold the same weights, to the bit."""
         digest = hashlib.blake2b(digest_size=16)
         for parameter in self.model.parameters():
-            digest.update(parameter.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())
+            digest.update(whole(parameter).cpu().flatten().view(torch.uint8).numpy().tobytes())
         digests: list[Any] = [None] * self.world_size
         dist.all_gather_object(digests, digest.hexdigest())
         return len(set(digests)) == 1

@@ -10,11 +10,11 @@ PACKAGES := $(patsubst %/__init__.py,%,$(wildcard */__init__.py))
 # The root holds folders named like modules elsewhere (`compression` is in Python 3.14's library): keep it off sys.path.
 export PYTHONSAFEPATH := 1
 
-.PHONY: help train results test test-products lint types setup hooks gpu-check clean
+.PHONY: help train results test test-products test-deepspeed test-trainers lint types setup hooks gpu-check clean
 .DEFAULT_GOAL := help
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 train: setup ## Train a small model under 2 workers, once for each of eight ways to average gradients
 	$(BIN)/torchrun --standalone --nproc-per-node $(NPROC) --no-python $(BIN)/gradwire train $(TRAIN)
@@ -28,6 +28,19 @@ test: lint types ## Lint, types, layers and every test
 
 test-products: setup ## Train every legal product of compressor, feedback and exchange on 2 ranks: minutes
 	GRADWIRE_PRODUCTS=all $(BIN)/pytest -m slow tests/test_products.py
+
+test-trainers: setup ## Train inside transformers, accelerate and Lightning, which it installs: a minute
+	$(BIN)/python -m pip install --disable-pip-version-check --no-input -q -c constraints.txt -e '.[trainers]'
+	$(BIN)/pytest tests/test_trainers.py
+
+test-deepspeed: .venv/deepspeed ## Install DeepSpeed into .venv, for the CPU, and run its tests
+	$(BIN)/pytest tests/test_deepspeed.py
+
+# Nothing of it is compiled: it compiles what is used, when it is used.
+.venv/deepspeed: .venv/installed
+	DS_BUILD_OPS=0 DS_ACCELERATOR=cpu $(BIN)/python -m pip install --disable-pip-version-check --no-input \
+		-c constraints.txt -e '.[deepspeed]'
+	@touch $@
 
 lint: setup ## ruff: rules and format
 	$(BIN)/ruff check .

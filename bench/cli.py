@@ -27,7 +27,10 @@ app.add_typer(bench, name="bench")
 app.command()(plan)
 
 _MODEL, _GRADIENTS, _OUTPUT = "Model and data", "Gradients and weights", "Output"
-_VARIADIC = ("--compare", "--data", "--optimizers", "--lrs", "--methods", "--world-sizes", "--problems", "--claims")
+_VARIADIC = (
+    *("--compare", "--data", "--optimizers", "--lrs", "--methods", "--world-sizes", "--problems", "--claims"),
+    "--networks",
+)
 
 
 @app.command()
@@ -63,10 +66,10 @@ def train(
         ),
     ] = None,
     host: Annotated[
-        Literal["ddp", "loop", "hsdp"],
+        Literal["ddp", "fsdp2", "hsdp", "deepspeed", "loop"],
         typer.Option(
-            help="DistributedDataParallel, a plain training loop, or FSDP2 inside groups of ranks and the communicator "
-            "across them.",
+            help="DistributedDataParallel; FSDP2 on all ranks; FSDP2 inside groups of ranks, the communicator across "
+            "them; a DeepSpeed engine; a plain loop.",
             rich_help_panel=_GRADIENTS,
         ),
     ] = "ddp",
@@ -75,6 +78,9 @@ def train(
         typer.Option(
             min=0, help="Ranks in a group of hsdp; 0: those of a machine, or two.", rich_help_panel=_GRADIENTS
         ),
+    ] = 0,
+    zero_stage: Annotated[
+        int, typer.Option(min=0, max=2, help="ZeRO stage of deepspeed.", rich_help_panel=_GRADIENTS)
     ] = 0,
     bucket_mb: Annotated[
         float, typer.Option(min=0.001, help="Size of a gradient bucket in MiB.", rich_help_panel=_GRADIENTS)
@@ -112,6 +118,14 @@ def train(
         Path | None,
         typer.Option(help="Run folder to continue, with its own options.", rich_help_panel=_OUTPUT),
     ] = None,
+    elastic: Annotated[
+        bool,
+        typer.Option(
+            "--elastic",
+            help="Go on where the run in --output stands, if there is one: for torchrun with --max-restarts.",
+            rich_help_panel=_OUTPUT,
+        ),
+    ] = False,
     eval_every: Annotated[
         int, typer.Option(min=0, help="Steps between evaluations; 0: a tenth of all.", rich_help_panel=_OUTPUT)
     ] = 0,
@@ -142,6 +156,7 @@ def train(
         "host": host,
         "bucket_mb": bucket_mb,
         "shards": shards,
+        "zero_stage": zero_stage,
         "eval_every": eval_every or max(1, steps // 10),
         "checkpoint_every": checkpoint_every,
         "data": [str(path.resolve()) for path in data or ()],
@@ -152,7 +167,11 @@ def train(
         raise UsageError("--compare: expected whole configurations and a new run, without --compressor or --resume.")
     if resume is not None and given & {"output", "results"}:
         raise UsageError("--resume: expected neither --output nor --results; the run goes on in its own folder.")
-    if resume is not None:
+    if elastic and (output is None or given & {"resume", "compare"}):
+        raise UsageError("--elastic: expected --output FOLDER with it, and neither --resume nor --compare.")
+    if elastic and output is not None:
+        session.elastic(values, {name: value for name, value in values.items() if name in given}, output)
+    elif resume is not None:
         options = session.resumed(resume, {name: value for name, value in values.items() if name in given})
         session.run(options, resume, resume=True)
     elif compare is None:

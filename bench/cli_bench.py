@@ -178,3 +178,35 @@ def theory(
 
     if not run(claims or (), quick=quick, workers=workers, output=output, figures=figures):
         raise typer.Exit(1)
+
+
+@bench.command()
+def network(
+    methods: Annotated[
+        list[str] | None,
+        typer.Option(metavar="TEXT ...", help="Names in the table, or configurations as for train; all otherwise."),
+    ] = None,
+    networks: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="TEXT ...",
+            help="Links: 100mbit unlimited, 10mbit/100mbit (up/down), 10mbit,100mbit (a slow host); six otherwise.",
+        ),
+    ] = None,
+    hosts: Annotated[int, typer.Option(min=2, max=4, help="Network namespaces.")] = 4,
+    rounds: Annotated[
+        int | None, typer.Option(min=1, help="Measurements of every network, whose median counts; 3 otherwise.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(min=4, help="Of the token budget; 300 otherwise.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Two hosts, few methods and steps: under 5 minutes.")] = False,
+    output: Annotated[
+        Path | None, typer.Option(help="Write JSON here, run by run; runs that it holds are not repeated.")
+    ] = None,
+    figure: Annotated[Path | None, typer.Option(help="Draw PNG here; beside the JSON otherwise.")] = None,
+    trace: Annotated[Path | None, typer.Option(help="Write Chrome traces of overlap in this folder.")] = None,
+) -> None:
+    """Step time, bytes and time to a loss over shaped links, between hosts of this machine (Linux, root)."""
+    from gradwire.bench.network.run import main as run
+
+    options: dict[str, Any] = {"host_count": hosts, "rounds": rounds, "steps": steps, "quick": quick}
+    run(methods or (), networks or (), **options, output=output, figure=figure, trace=trace)

@@ -36,6 +36,7 @@ class Grid(Generic[Task]):
         keys: Entries of a run by which it is known.
         tasks: What there is to train, by these entries.
         title: A run or its entries in words.
+        outcome: What came of a run, in words.
     """
 
     def __init__(
@@ -45,8 +46,10 @@ class Grid(Generic[Task]):
         keys: Sequence[str],
         tasks: Mapping[tuple[Any, ...], Task],
         title: Callable[[Record], str],
+        outcome: Callable[[Record], str] | None = None,
     ) -> None:
         self.noun, self.kept, self.keys, self.tasks, self.title = noun, kept, keys, tasks, title
+        self.outcome = outcome or _loss
 
     def run(
         self,
@@ -139,11 +142,14 @@ class Grid(Generic[Task]):
                 self.kept["runs"] = [runs[key] for key in self.tasks if key in runs]
                 if output is not None:
                     write_json(output, self.kept)
-                loss = "diverged" if run["diverged"] else f"validation loss {run['validation_loss']:.3f}"
-                line = f"{self.title(run)}: {loss}"
+                line = f"{self.title(run)}: {self.outcome(run)}"
                 bar.update(shown, completed=len(runs), description=line)
                 if not console.is_terminal:
                     console.print(f"[{len(runs)}/{len(self.tasks)}] {line}, {run['seconds']:.0f} s", markup=False)
+
+
+def _loss(run: Record) -> str:
+    return "diverged" if run["diverged"] else f"validation loss {run['validation_loss']:.3f}"
 
 
 def check_alone(command: str) -> None:

@@ -1,5 +1,6 @@
 """Plots of loss over steps, over bytes sent and over seconds; of the optimizers' step times, and of their losses."""
 
+import contextlib
 import functools
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -14,8 +15,11 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 from PIL import Image  # comes with matplotlib
 
+from gradwire.bench import plan_lab
+from gradwire.bench.errors import UsageError
 from gradwire.bench.exchange_table import exchange_rows, exchange_section
-from gradwire.bench.report import FIGURES, SECTIONS, optim_rows, sweep_rows, sweep_section
+from gradwire.bench.network import drawing
+from gradwire.bench.report import FIGURES, SECTIONS, optim_rows, optim_section, sweep_rows, sweep_section
 from gradwire.bench.runs import Record
 from gradwire.bench.theory import catalogue
 
@@ -60,7 +64,10 @@ def plot_comparison(runs: Mapping[str, Sequence[Record]], title: str, path: Path
 
 
 def plot_optimizers(results: Mapping[str, Any], path: Path) -> None:
-    """Step times of `gradwire bench optim` over that of torch's fused AdamW, one panel per case, as PNG."""
+    """Step times of `gradwire bench optim` over that of torch's fused AdamW, one panel per case, as PNG.
+
+    Its description is `optim_section(results)`, if all cases were measured.
+    """
     found, cases, machine = optim_rows(results), results["cases"], results["machine"]
     algorithms = list(dict.fromkeys(algorithm for algorithm, _, _ in found))
     places = [number + 0.8 * algorithms.index(algorithm) for number, (algorithm, _, _) in enumerate(found)]
@@ -92,7 +99,10 @@ def plot_optimizers(results: Mapping[str, Any], path: Path) -> None:
     handles: list[Artist] = [Patch(color=colour, label=kind) for kind, colour in _KINDS.items()]
     handles.append(Line2D([], [], color=_COLOURS[0], linewidth=1.5, label="floor: a copy of the bytes it must move"))
     figure.legend(handles=handles, loc="outside lower center", ncols=5, frameon=False, fontsize=9)
-    figure.savefig(path, dpi=150)
+    described: dict[str, str] = {}
+    with contextlib.suppress(UsageError):
+        described["Description"] = optim_section(results)
+    figure.savefig(path, dpi=150, metadata=described)
 
 
 def plot_sweep(results: Mapping[str, Any], path: Path) -> None:
@@ -179,9 +189,12 @@ def plot_exchange(results: Mapping[str, Any], path: Path) -> None:
 
 
 _DRAWN: Mapping[str, Callable[[Mapping[str, Any], Path], None]] = {
+    "optim": plot_optimizers,
     "sweep": plot_sweep,
     "exchange": plot_exchange,
     "theory": catalogue.draw,
+    "network": drawing.draw,
+    "plan": plan_lab.draw,
 }
 
 

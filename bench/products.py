@@ -57,7 +57,8 @@ _KEYS = ("product",)
 def main(*, quick: bool = False, output: Path | None = None) -> None:
     """Train each product, print what came of each feedback's, and write JSON if `output` is given.
 
-    Those of `Gossip` are left out: it does not bring ranks to agree, so no host takes it.
+    Those of `Gossip` are left out: it does not bring ranks to agree, so no host takes it; and so are those of
+    `ReduceScatter`, which FSDP2 alone takes.
 
     Args:
         quick: A tiny model, few steps, and few products that have every part in one of them.

@@ -97,6 +97,8 @@ def _exchange(kind: str) -> str:
     """How an exchange is made, for rows of 256 entries if that matters."""
     exchange = Product(COMPRESSORS[0], FEEDBACKS[0], kind).exchange
     alone = "" if exchange.consensus else "; for `average_` alone, since hosts need ranks that agree"
+    if exchange.scatters:
+        alone = "; for FSDP2 alone, since every rank has the mean of its shard"
     return f"`{spell(exchange)}`{alone}"
 
 

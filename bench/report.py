@@ -7,9 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gradwire.bench.compression_table import compression_section
 from gradwire.bench.curvature_table import curvature_section
 from gradwire.bench.errors import UsageError
 from gradwire.bench.exchange_table import exchange_section
+from gradwire.bench.network.table import network_section
+from gradwire.bench.plan_lab import plan_lab_section
 from gradwire.bench.products_table import legality_page
 from gradwire.bench.progress import size
 from gradwire.bench.theory.catalogue import NAMES, theory_section
@@ -29,8 +32,11 @@ OPTIM_COLUMNS = (
 )
 SWEEP_COLUMNS = ("Optimizer", "Best learning rate", "Validation loss", "Difference")
 FIGURES = {
+    "docs/optimizer-speed.png": "optim",
     "docs/optimizers.png": "sweep",
     "docs/loss-over-bytes.png": "exchange",
+    "docs/network.png": "network",
+    "docs/plan.png": "plan",
     **{f"docs/theory/{name}.png": "theory" for name in NAMES},
 }
 """Pictures that the README may show, and the results that they are drawn from."""
@@ -235,14 +241,19 @@ SECTIONS: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "optim": optim_section,
     "sweep": sweep_section,
     "exchange": exchange_section,
+    "compression": compression_section,
     "curvature": curvature_section,
     "theory": theory_section,
+    "network": network_section,
+    "plan": plan_lab_section,
 }
 """What the README shows of each result."""
 
 
 def fill(text: str, results: Path) -> str:
     """The README's text with what stands between its `<!-- results:NAME -->` markers made anew.
+
+    That of `NAME.json`, and after it that of `NAME-cuda.json` if there is one.
 
     Raises:
         UsageError: there is no marker, or no such result.
@@ -257,7 +268,11 @@ def fill(text: str, results: Path) -> str:
             raise UsageError(f"report: unknown results {name!r}. There is {', '.join(SECTIONS)}.")
         if not path.is_file():
             raise UsageError(f"report: expected results in {path}, found no such file.")
-        return f"{match[1]}{SECTIONS[name](json.loads(path.read_text()))}\n{match[3]}"
+        text = SECTIONS[name](json.loads(path.read_text()))
+        on_gpu = path.with_name(f"{name}-cuda.json")  # what `make gpu-check` has measured
+        if on_gpu.is_file():
+            text += f"\n\nOn a GPU:\n\n{SECTIONS[name](json.loads(on_gpu.read_text()))}"
+        return f"{match[1]}{text}\n{match[3]}"
 
     return pattern.sub(section, text)
 

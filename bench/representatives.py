@@ -28,6 +28,7 @@ from gradwire.comm import (
     Gossip,
     Hierarchical,
     NoFeedback,
+    ReduceScatter,
     TwoPhase,
 )
 from gradwire.compression import (
@@ -102,6 +103,7 @@ EXCHANGES: Mapping[str, Callable[[int], Exchange]] = {
     "TwoPhase, lossless": lambda width: TwoPhase(second=Identity(width=width)),
     "Hierarchical, AllReduce": lambda width: Hierarchical(inside=RANKS, across=AllReduce()),
     "Hierarchical, AllGather": lambda width: Hierarchical(inside=RANKS, across=AllGather()),
+    "ReduceScatter": lambda width: ReduceScatter(),
     "Gossip": lambda width: Gossip(1 - torch.eye(RANKS).numpy()),
 }
 """By short name; made for rows of a width, since a second compressor must know it."""

@@ -47,8 +47,9 @@ class RunFolder:
         return saved
 
     def metrics(self) -> list[Record]:
-        """All records so far."""
-        return [json.loads(line) for line in (self.path / "metrics.jsonl").read_text().splitlines()]
+        """All records so far; what a process that died in the middle of a line has left is none."""
+        text = (self.path / "metrics.jsonl").read_text()
+        return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
 
     def checkpoint(self, step: int) -> Path:
         """Where the checkpoint of a step stands."""

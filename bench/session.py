@@ -46,7 +46,7 @@ def resumed(folder: Path, given: Mapping[str, Any]) -> Options:
     for name, value in given.items():
         if name in _MAY_CHANGE:
             saved[name] = value
-        elif value != saved[name]:
+        elif value != saved.get(name, value):
             raise UsageError(
                 f"--resume: expected {name}={saved[name]!r} as the run began, got {name}={value!r}. "
                 "Leave the option out, or start a new run."
@@ -73,6 +73,27 @@ def run(options: Options, output: Path | None, *, resume: bool) -> None:
                 f"validation loss {loss:.4f}, {size(summary['bytes_per_step'])} per step and rank, "
                 f"compression rate {summary['compression_rate']:.1f}; see {folder.path}"
             )
+
+
+def elastic(values: Mapping[str, Any], given: Mapping[str, Any], output: Path) -> None:
+    """Train, or go on where the run in `output` stands: what a launcher that starts ranks anew can call every time.
+
+    Args:
+        values: All options.
+        given: Those that the user has typed.
+        output: The run folder, the same at every start.
+
+    Raises:
+        UsageError: the run in the folder was made with other options.
+    """
+    folder = RunFolder(output)
+    newest = folder.newest_checkpoint()
+    if newest is None:  # also a run that ended before its first checkpoint
+        run(checked(values), output, resume=False)
+    elif newest < folder.options()["steps"]:
+        run(resumed(output, given), output, resume=True)
+    else:
+        print(f"all {newest} steps are done; see {output}")
 
 
 def compare(

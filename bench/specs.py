@@ -61,13 +61,17 @@ class Configuration:
     text: str
     terms: Mapping[str, ast.expr]
 
-    def communicator(self, seed: int, group: dist.ProcessGroup | None = None) -> Averager:
-        """A new communicator of these ranks, all by default.
+    def communicator(self, seed: int, group: dist.ProcessGroup | None = None, exchange: str | None = None) -> Averager:
+        """A new communicator of these ranks, all by default; with this `exchange` if the configuration names none.
 
         Raises:
             UsageError: a value is wrong or the product is not legal.
         """
-        made = _communicator(self.terms, seed)
+        terms = dict(self.terms)
+        plain = "communicator" not in terms and terms.get("exchange", _PLAIN_EXCHANGE) is _PLAIN_EXCHANGE
+        if exchange is not None and plain:
+            terms |= {"compressor": terms.get("compressor", _reference("Identity")), "exchange": _tree(exchange)}
+        made = _communicator(terms, seed)
         made.group = group
         return made
 
@@ -208,7 +212,7 @@ def _terms(tree: ast.expr, families: tuple[str, ...]) -> dict[str, ast.expr]:
     terms: dict[str, ast.expr] = {}
     for term in _summands(tree):
         if isinstance(term, ast.Name) and term.id.lower() == DENSE and "compressor" in families:
-            found = {"compressor": _reference("Identity"), "exchange": _reference("AllReduce")}
+            found = {"compressor": _reference("Identity"), "exchange": _PLAIN_EXCHANGE}
         else:
             found = {_find(term, families)[0]: term}
         for family, expression in found.items():
@@ -226,6 +230,10 @@ def _terms(tree: ast.expr, families: tuple[str, ...]) -> dict[str, ast.expr]:
 
 def _reference(name: str) -> ast.expr:
     return ast.Name(name, ast.Load())
+
+
+_PLAIN_EXCHANGE = _reference("AllReduce")
+"""The exchange of `dense`."""
 
 
 def _summands(tree: ast.expr) -> list[ast.expr]:

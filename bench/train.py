@@ -4,7 +4,6 @@ import contextlib
 import hashlib
 import math
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, final
 
@@ -19,7 +18,7 @@ from gradwire.bench.model import ByteTransformer, nats_per_byte, num_parameters
 from gradwire.bench.progress import Progress
 from gradwire.bench.runs import Record, RunFolder, write_json
 from gradwire.bench.specs import own_communicator, parse
-from gradwire.comm import Stats, checkpoint
+from gradwire.comm import Stats
 from gradwire.optim import DeMo, ZeroOneAdam
 
 _HELD_OUT_WINDOWS = 256
@@ -44,13 +43,14 @@ class Options:
         lr: Peak learning rate of an optimizer that does not name its own, > 0.
         warmup: Share of the steps over which it rises, 0 <= warmup < 1; a cosine brings it down to zero.
         dtype: Of matrix products (autocast); float16 comes with a loss scale.
-        host: "ddp" for `DistributedDataParallel`, "loop" for a plain training loop, "hsdp" for FSDP2 inside groups of
-            ranks and the communicator across them.
-        bucket_mb: Size of a gradient bucket in MiB, > 0, with "ddp" and "loop".
+        host: "ddp" for `DistributedDataParallel`, "fsdp2" for shards on all ranks, "hsdp" for FSDP2 inside groups of
+            ranks and the communicator across them, "deepspeed" for a DeepSpeed engine, "loop" for a plain loop.
+        bucket_mb: Size of a gradient bucket in MiB, > 0; FSDP2 has none.
         eval_every: Steps between evaluations, >= 1.
         checkpoint_every: Steps between checkpoints; 0 for one at the end only.
         data: Paths of files to train on; the standard library's source if empty.
         shards: Ranks in a group of "hsdp", >= 1; 0 for those of one machine, or two.
+        zero_stage: Of "deepspeed": 0, 1 or 2.
     """
 
     configuration: str
@@ -65,12 +65,13 @@ class Options:
     lr: float
     warmup: float
     dtype: Literal["float32", "bfloat16", "float16"]
-    host: Literal["ddp", "loop", "hsdp"]
+    host: Literal["ddp", "fsdp2", "hsdp", "deepspeed", "loop"]
     bucket_mb: float
     eval_every: int
     checkpoint_every: int
     data: list[str]
     shards: int = 0
+    zero_stage: int = 0
 
     def __post_init__(self) -> None:
         if self.width % (2 * self.heads):
@@ -97,7 +98,14 @@ class Trainer:
         configuration = parse(options.configuration, options.optimizer)
         torch.manual_seed(options.seed)  # every rank starts from the same weights
         self.model = ByteTransformer(options.layers, options.width, options.heads).to(device)
-        self.host = HOSTS[options.host](self.model, bucket_mb=options.bucket_mb, shards=options.shards)
+        host = HOSTS[options.host]
+        self.host = host(
+            self.model,
+            bucket_mb=options.bucket_mb,
+            shards=options.shards,
+            zero_stage=options.zero_stage,
+            batch=options.batch,
+        )
         self.optimizer = configuration.optimizer(
             self.model.named_parameters(),
             options.optimizer,
@@ -109,14 +117,15 @@ class Trainer:
         self._peak_lrs = [float(group["lr"]) for group in self.optimizer.param_groups]
         own = own_communicator(self.optimizer)
         self._exchanges_itself = own is not None
-        self._wait: Callable[[], None] | None = None
         if own is None:
-            self.communicator = configuration.communicator(options.seed, self.host.group)
-            scaler = self.scaler if self.scaler.is_enabled() else None
-            self._wait = self.host.attach(self.communicator, self.optimizer, scaler)
+            self.communicator = configuration.communicator(options.seed, self.host.group, host.exchange)
+            try:
+                self.host.attach(self.communicator, self.optimizer, self.scaler)
+            except (TypeError, ValueError) as error:
+                raise UsageError(str(error)) from None
         else:
             self.communicator = own
-            self.host.keep_local()
+            self.host.keep_local(self.optimizer)
 
     def step(self, step: int) -> Tensor:
         """One optimizer step, counted from 0; returns this rank's loss."""
@@ -124,16 +133,8 @@ class Trainer:
             group["lr"] = peak * self._schedule(step)
         batch = self.corpus.batch(self.options.seed, step, self.rank, self.options.batch, self.options.context)
         loss = self._loss(self.host.forward, *batch)
-        self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
-        if self._wait is not None:
-            self._wait()  # the scaler looks at gradients before the optimizer's own hook would wait for them
-        self.scaler.step(self.optimizer)
-        if self._exchanges_itself and self.scaler.is_enabled():
-            # Gradients are local, and so is what the scaler has found in them; its scale is to be every rank's.
-            for found_inf in self.scaler._found_inf_per_device(self.optimizer).values():
-                dist.all_reduce(found_inf, dist.ReduceOp.MAX)
-        self.scaler.update()
-        self.optimizer.zero_grad()
+        self.host.backward(loss, self.scaler)
+        self.host.step(self.optimizer, self.scaler)
         return loss.detach()
 
     def wait(self) -> None:
@@ -184,11 +185,11 @@ class Trainer:
     def save(self, folder: RunFolder, step: int) -> None:
         """Write a checkpoint."""
         self.settle()
-        checkpoint.save(folder.checkpoint(step), **self._state())
+        self.host.save(folder.checkpoint(step), **self._state())
 
     def load(self, folder: RunFolder, step: int) -> None:
         """Continue from a checkpoint."""
-        checkpoint.load(folder.checkpoint(step), **self._state())
+        self.host.load(folder.checkpoint(step), **self._state())
 
     def _state(self) -> dict[str, Any]:
         state: dict[str, Any] = {"model": self.model, "optimizer": self.optimizer}
@@ -270,7 +271,9 @@ def train(
             if saves:
                 trainer.save(folder, step)
             clock.resume()
-    return _summary(trainer, folder, record)
+    summary = _summary(trainer, folder, record)
+    trainer.host.close()
+    return summary
 
 
 def _summary(trainer: Trainer, folder: RunFolder, record: Record) -> Record:

@@ -1,12 +1,21 @@
 """Gradient averaging over slow links: any compressor x any error feedback x any exchange."""
 
-from gradwire.comm import checkpoint, random_walk
+from gradwire.comm import checkpoint, planner, random_walk
 from gradwire.comm.attach import attach
 from gradwire.comm.averager import Averager
 from gradwire.comm.communicator import Communicator
 from gradwire.comm.ddp import keep_local
 from gradwire.comm.errors import CheckpointError, ConfigurationError
-from gradwire.comm.exchange import AllGather, AllReduce, Exchange, Gossip, Hierarchical, Simulated, TwoPhase
+from gradwire.comm.exchange import (
+    AllGather,
+    AllReduce,
+    Exchange,
+    Gossip,
+    Hierarchical,
+    ReduceScatter,
+    Simulated,
+    TwoPhase,
+)
 from gradwire.comm.feedback import (
     DIANA,
     EF,
@@ -50,6 +59,7 @@ __all__ = [
     "NoFeedback",
     "Plan",
     "PowerSGD",
+    "ReduceScatter",
     "Simulated",
     "Stats",
     "TwoPhase",
@@ -60,5 +70,6 @@ __all__ = [
     "choco_stepsize",
     "estimate_smoothness",
     "keep_local",
+    "planner",
     "random_walk",
 ]

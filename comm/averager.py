@@ -15,8 +15,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+import gradwire
 from gradwire.comm.collectives import Collectives
 from gradwire.comm.errors import CheckpointError, ConfigurationError
+from gradwire.comm.exchange.reduce_scatter import Slot
 from gradwire.comm.stats import Stats
 
 
@@ -57,6 +59,9 @@ class Averager(ABC):
 
     consensus: bool = True
     """Whether all ranks end with the same mean."""
+
+    scatters: bool = False
+    """Whether every rank ends with the mean of its own shard alone."""
 
     # What a subclass implements.
 
@@ -118,7 +123,8 @@ class Averager(ABC):
                 self._agree(grads, names)
                 bad = self._average(grads, names)
                 self._bad = bad if self._bad is None else self._bad | bad
-                self._dense_bytes += _ring_bytes(ranks.size) * sum(g.numel() * g.element_size() for g in grads)
+                ring = _ring_bytes(ranks.size) / (2 if self.scatters else 1)
+                self._dense_bytes += ring * sum(g.numel() * g.element_size() for g in grads)
             if last:
                 self._end_step()
         except BaseException as error:
@@ -154,6 +160,20 @@ class Averager(ABC):
         """Use these collectives."""
         self._ranks = ranks
         self._connected(ranks)
+
+    def deal(self, slots: Sequence[Slot]) -> None:
+        """Say whose each tensor is, to a communicator that `scatters`; its host does."""
+        raise AssertionError(f"{type(self).__name__} does not scatter")
+
+    @property
+    def state_bytes(self) -> int:
+        """Memory of the state on this rank."""
+        return sum(rows.numel() * rows.element_size() for rows in self.state_rows().values())
+
+    @final
+    def note(self, bad: Tensor) -> None:
+        """Count what is not finite elsewhere (0-d bool) as if a gradient of this step were; its host does."""
+        self._bad = bad if self._bad is None else self._bad | bad
 
     @property
     @final
@@ -297,7 +317,7 @@ class Averager(ABC):
 
     def _compare(self, layout: list[str], ranks: Collectives, device: torch.device) -> None:
         """Raise ConfigurationError on every rank, with the first difference, unless all are configured alike."""
-        config = self._compared()
+        config = {"the version of gradwire": gradwire.__version__} | self._compared()  # any may load a checkpoint
         text = json.dumps({"config": config, "layout": layout})
         digests = ranks.gather_bytes(hashlib.sha256(text.encode()).digest(), device)
         if len(set(digests)) > 1:
@@ -306,9 +326,10 @@ class Averager(ABC):
 
     def _end_step(self) -> None:
         bad = self._bad
-        if self._shards is not None:
-            mine = bad if bad is not None else torch.zeros((), device=self._shards.device)
-            bad = self._shards.all_reduce_(mine.to(torch.float32)) > 0
+        others = self.connect() if self.scatters else self._shards
+        if others is not None:  # no rank has seen the shards of all
+            mine = bad if bad is not None else torch.zeros((), device=others.device)
+            bad = others.all_reduce_(mine.to(torch.float32)) > 0
         if bad is not None:
             self._commit(bad)
             self.found_inf = bad.to(torch.float32)

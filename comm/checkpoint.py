@@ -23,10 +23,10 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
-from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 from gradwire.comm.averager import Averager
-from gradwire.comm.checkpoint_folder import finished, replacing, verify
+from gradwire.comm.checkpoint_folder import agreed, finished, reason, verify
+from gradwire.comm.checkpoint_saving import ALONE, Saving, group_for_saving, staged, write
 from gradwire.comm.errors import CheckpointError
 from gradwire.comm.local_sgd import LocalSGD
 from gradwire.comm.rank_state import RankState
@@ -44,17 +44,79 @@ def save(path: str | os.PathLike[str], **objects: Any) -> None:
             that exchanges by itself is taken along), `LocalSGD`, and anything that `torch.distributed.checkpoint` takes
             (state dicts, objects with `state_dict` and `load_state_dict`).
 
+    Raises:
+        CheckpointError: a rank could not write, or did not answer; or an `async_save` before has failed, and nobody
+            has waited for it. Every rank raises it.
+
     Example:
         >>> save(folder, communicator=communicator, model=model, optimizer=optimizer)  # doctest: +SKIP
     """
+    wait()
     with _one_process_is_fine():
         state = _state(objects)  # first: taking an optimizer's state may finish what its communicator does
-        with replacing(Path(path)) as folder:
-            dcp_save({**state, **_communicators_of(objects)}, checkpoint_id=os.fspath(folder))
+        write(Path(path), {**state, **_communicators_of(objects)})
+
+
+def async_save(path: str | os.PathLike[str], **objects: Any) -> Saving:
+    """Write a checkpoint while training goes on; every rank calls it.
+
+    It holds the state as of this call, which returns when that is copied to host memory. Otherwise it is as `save` is:
+    whole or not at all. The ranks agree through a gloo group of its own, made at the first call.
+
+    Args:
+        path: Folder of the checkpoint, on a file system that all ranks share.
+        **objects: As in `save`.
+
+    Returns:
+        A handle with `wait()`, which raises what went wrong, and `done()`. Before `destroy_process_group()`, wait: for
+        it, or with `gradwire.comm.checkpoint.wait()` for whichever is in flight.
+
+    Cost:
+        A copy of the state in host memory until it is written. One is in flight at a time: a further save waits.
+
+    Raises:
+        CheckpointError: the `async_save` before has failed, and nobody has waited for it.
+
+    Example:
+        >>> saving = async_save(folder, communicator=communicator, model=model)  # doctest: +SKIP
+        >>> saving.wait()  # doctest: +SKIP
+    """
+    global _in_flight
+    wait()
+    with _one_process_is_fine():
+        state = _state(objects)
+    copied = staged({**state, **_communicators_of(objects)})
+    _in_flight = Saving(Path(path), copied, group_for_saving())
+    return _in_flight
+
+
+_in_flight: Saving | None = None
+
+
+def wait() -> None:
+    """Return when no `async_save` is in flight; to be called before `destroy_process_group()`.
+
+    Raises:
+        CheckpointError: it has failed, and nobody has waited for it.
+    """
+    global _in_flight
+    saving, _in_flight = _in_flight, None
+    if saving is not None:
+        saving.settle()
+
+
+def exists(path: str | os.PathLike[str]) -> bool:
+    """Whether a finished checkpoint stands there, the same on every rank; every rank calls it.
+
+    With it a script that is started anew after a fault, as elastic launchers do, goes on where it was.
+    """
+    return agreed((finished(Path(path)) / ".metadata").is_file())
 
 
 def load(path: str | os.PathLike[str], **objects: Any) -> None:
     """Restore the objects that `save` wrote, in place; every rank calls it.
+
+    Load only what you trust: torch keeps the metadata of a checkpoint as a pickle.
 
     Args:
         path: Folder of the checkpoint.
@@ -62,8 +124,10 @@ def load(path: str | os.PathLike[str], **objects: Any) -> None:
 
     Raises:
         CheckpointError: a file or entry is missing or was altered (named), or a hyper-parameter of a communicator
-            differs from the saved one (both values named).
+            differs from the saved one (both values named); or an `async_save` before has failed, and nobody has waited
+            for it.
     """
+    wait()
     with _one_process_is_fine():
         _load(finished(Path(path)), objects)
 
@@ -80,7 +144,7 @@ def _load(path: Path, objects: dict[str, Any]) -> None:
         try:
             dcp_load(state, checkpoint_id=os.fspath(path))
         except (Exception, CheckpointException) as error:
-            raise CheckpointError(f"load: could not read {sorted(others)} from {path}: {_reason(error)}") from error
+            raise CheckpointError(f"load: could not read {sorted(others)} from {path}: {reason(error)}") from error
         _restore(others, state)
     for name, communicator in communicators.items():  # last: loading an optimizer may run its hooks
         _load_communicator(path, name, communicator, metadata.state_dict_metadata)
@@ -90,7 +154,7 @@ def _load(path: Path, objects: dict[str, Any]) -> None:
 def _one_process_is_fine() -> Iterator[None]:
     """Keep torch from warning about a single process, which is a case like any other here."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
+        warnings.filterwarnings("ignore", ALONE)
         yield
 
 
@@ -128,13 +192,6 @@ def _restore(objects: Mapping[str, Any], state: dict[str, Any]) -> None:
             value.update(state[name])
 
 
-def _reason(error: BaseException) -> str:
-    """What went wrong, without the tracebacks of all ranks that torch puts in the message."""
-    if isinstance(error, CheckpointException):
-        return "; ".join(str(cause) for cause, _ in error.failures.values())
-    return str(error)
-
-
 def _model_of(objects: Mapping[str, Any], name: str) -> nn.Module:
     model = objects.get("model")
     if not isinstance(model, nn.Module):
@@ -147,7 +204,10 @@ def _read_metadata(path: Path) -> Any:
     if not (path / ".metadata").is_file():
         raise CheckpointError(f"load: expected a finished checkpoint in {path}, found no .metadata file there.")
     verify(path, [".metadata"])
-    metadata = FileSystemReader(path).read_metadata()
+    try:
+        metadata = FileSystemReader(path).read_metadata()
+    except Exception as error:
+        raise CheckpointError(f"load: expected the metadata of a checkpoint in {path}, got {reason(error)}.") from error
     files = {info.relative_path for info in (metadata.storage_data or {}).values()}
     missing = sorted(name for name in files if not (path / name).is_file())
     if missing:

@@ -7,6 +7,8 @@ thread. Anything that a backend refuses (float8, 16-bit integers) travels as uin
 import contextlib
 import datetime
 import functools
+import re
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, final
@@ -16,10 +18,14 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import _get_default_store
 
-# torch 2.13 renamed the flat all-gather; the old name warns there and is the only one before.
+# torch 2.13 renamed the flat collectives; the old names warn there and are the only ones before.
 _all_gather_flat: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+reduce_scatter_flat: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 _ERROR_KEY = "gradwire/error"
+_HERE_KEY = "gradwire/here/"
+_NO_ANSWER = re.compile("closed by peer|reset by peer|broken pipe|pair closure|timed out|refused", re.IGNORECASE)
+_ROLL_CALL_S = 5.0  # how far apart ranks may notice that one is missing
 
 
 @final
@@ -39,7 +45,6 @@ class Bytes:
     sent: float = 0.0
 
 
-@final
 class Collectives:
     """Blocking collectives on a group of this communicator's own, with byte counters.
 
@@ -66,7 +71,8 @@ class Collectives:
             ranks = dist.get_process_group_ranks(group if group is not None else dist.group.WORLD)
             self.rank, self.size = ranks.index(dist.get_rank()), len(ranks)
             self.first, self.groups = min(ranks), dist.get_world_size() // len(ranks)
-            self._group = dist.new_group(ranks, timeout=timeout, use_local_synchronization=group is not None)
+            self._timeout = timeout or timeout_of(dist.group.WORLD if group is None else group)
+            self._group = dist.new_group(ranks, timeout=self._timeout, use_local_synchronization=group is not None)
 
     def split(self, members: Sequence[int]) -> "Collectives":
         """A group of some of these ranks, given by their numbers here; only its members may call."""
@@ -145,9 +151,8 @@ class Collectives:
 
     def fail(self, error: BaseException) -> None:
         """Tell the other ranks of an error here: leave it in the store and close all connections of this group."""
-        if self._group is not None and self.size > 1 and _first_error() is None:  # later ones only follow from it
-            with contextlib.suppress(RuntimeError):
-                _get_default_store().set(_ERROR_KEY, f"rank {dist.get_rank()}: {type(error).__name__}: {error}")
+        if self._group is not None and self.size > 1:
+            _tell(f"another rank failed: rank {dist.get_rank()}: {type(error).__name__}: {error}")
         self.close()  # drops the last references: gloo closes its sockets and waiting ranks wake with an error
 
     def close(self) -> None:
@@ -177,13 +182,63 @@ class Collectives:
         try:
             collective(*args, group=self._group)
         except RuntimeError as error:
+            no_answer = _NO_ANSWER.search(str(error)) is not None
+            if no_answer and _first_error() is None:
+                self._call_the_roll(late="timed out" in str(error).lower())
             if (cause := _first_error()) is not None:
-                raise RuntimeError(f"Communicator: another rank failed: {cause}") from error
+                raise RuntimeError(f"Communicator: {cause}") from error
+            if no_answer:
+                raise RuntimeError(
+                    "Communicator: a rank left while others were waiting, and so did the store, perhaps with it. "
+                    "Restart from the last checkpoint."
+                ) from error
             raise
+
+    def _call_the_roll(self, *, late: bool) -> None:
+        """Find out which ranks do not answer, and tell all.
+
+        Every rank that notices something leaves a sign in the store, and closes its connections, which wakes those
+        that wait for it; ranks without a sign are those that do not answer. A rank that misses none of its own group
+        waits for others to tell.
+        """
+        if self._group is None:
+            return
+        ranks = dist.get_process_group_ranks(self._group)
+        self.close()
+        start, silent = time.monotonic(), ranks
+        with contextlib.suppress(RuntimeError):
+            store = _get_default_store()
+            store.set(f"{_HERE_KEY}{dist.get_rank()}", "")
+            while time.monotonic() < start + _ROLL_CALL_S * (1 if silent else 2):
+                if _first_error() is not None:
+                    return
+                time.sleep(0.05)
+                silent = [rank for rank in silent if not store.check([f"{_HERE_KEY}{rank}"])]
+            names = " and ".join(f"rank {rank}" for rank in silent)
+            if late and silent:
+                _tell(f"{names} did not come within {self._timeout}, the timeout. Restart from the last checkpoint.")
+            elif silent:
+                _tell(f"{names} left, or gave no sign, while others were waiting. Restart from the last checkpoint.")
+
+
+def _tell(what: str) -> None:
+    """Leave what went wrong in the store, for all; later errors only follow from the first."""
+    if _first_error() is None:
+        with contextlib.suppress(RuntimeError):
+            _get_default_store().set(_ERROR_KEY, what)
+
+
+def timeout_of(group: Any) -> datetime.timedelta | None:
+    """How long the collectives of a group wait; a new group has torch's default instead. None if it cannot be read."""
+    for device in group._device_types:
+        timeout = getattr(getattr(group._get_backend(device), "options", None), "_timeout", None)
+        if isinstance(timeout, datetime.timedelta):
+            return timeout
+    return None
 
 
 def _first_error() -> str | None:
-    """What the first rank that failed left in the store, which may itself be gone with the rank that hosts it."""
+    """What the first rank that failed has left in the store, which may be gone with the rank that hosts it."""
     with contextlib.suppress(RuntimeError):
         store = _get_default_store()
         if store.check([_ERROR_KEY]):

@@ -4,8 +4,7 @@ import copy
 import datetime
 import functools
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import final
 
 import torch
@@ -13,11 +12,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from gradwire.comm.averager import Averager, poisoned
+from gradwire.comm.bucket import Bucket, Section, unflatten
 from gradwire.comm.buckets import Buckets
 from gradwire.comm.collectives import Collectives
 from gradwire.comm.encoder import Encoder, encode_kernel, is_bad
-from gradwire.comm.exchange import AllGather, AllReduce, Exchange
+from gradwire.comm.exchange import AllGather, AllReduce, Exchange, ReduceScatter
 from gradwire.comm.exchange.base import Bundle
+from gradwire.comm.exchange.reduce_scatter import Slot
 from gradwire.comm.feedback import ErrorFeedback, NoFeedback
 from gradwire.comm.legality import check
 from gradwire.comm.participation import Cohort
@@ -26,28 +27,11 @@ from gradwire.comm.row_matrix import RowMatrix
 from gradwire.comm.row_state import RowState
 from gradwire.compression import counter_rng
 from gradwire.compression.base import Compressor
+from gradwire.compression.identity import Identity
 from gradwire.compression.tiles import Tile
 
-
-@dataclass
-class _Bucket:
-    """The tensors of one `average_` call: compressed ones as row matrices, the others' positions by dtype."""
-
-    matrices: list[RowMatrix]
-    states: list[RowState]
-    encoders: list[Encoder]
-    dense: dict[torch.dtype, list[int]]
-
-    def rows(self) -> dict[str, Tensor]:
-        return {key: value for state in self.states for key, value in state.rows().items()}
-
-    def fill(self, known: Mapping[str, Tensor]) -> None:
-        for state in self.states:
-            state.fill(known)
-
-    def commit(self, bad: Tensor) -> None:
-        for state in self.states:
-            state.commit(bad)
+_DENSE = Identity(width=16)
+"""What the plan sends dense, where it travels with the payloads."""
 
 
 @final
@@ -117,7 +101,8 @@ class Communicator(Averager):
         self.feedback = self.feedback.fit(compressor)
         self.exchange.weights = self.feedback.weights
         self.workers, self.consensus = self.exchange.workers, self.exchange.consensus
-        self._buckets: Buckets[_Bucket] = Buckets()
+        self.scatters = self.exchange.scatters
+        self._buckets: Buckets[Bucket] = Buckets()
         self._kernel = encode_kernel(compressor, self.feedback, fused=fused)
         self._fused = fused
         self._weights: dict[tuple[torch.dtype, torch.device], Tensor] = {}
@@ -143,57 +128,67 @@ class Communicator(Averager):
         cohort = self._cohort(grads[0].device)
         dense, bad = self._reduce_dense(bucket, grads, cohort)
 
-        if self.feedback.sends_dense(self._step - self.first_step, self.seed):
-            estimates, bad = self._restart(bucket, grads, scale, bad)
-        else:
-            estimates, bad = self._compress(bucket, grads, scale, cohort, bad)
-        estimates, bad = self.exchange.leave(bucket.matrices, estimates, bad)
+        anew = self.feedback.sends_dense(self._step - self.first_step, self.seed)
+        restarted = [section for section in bucket.sections if anew and not section.planned]
+        estimates, bad = self._restart(restarted, grads, scale, bad)
+        others, bad = self._compress(bucket.sections[len(restarted) :], grads, scale, cohort, bad)
+        matrices = [section.matrix for section in bucket.sections]
+        estimates, bad = self.exchange.leave(matrices, estimates + others, bad)
 
-        for estimate in estimates:
-            bad = bad | is_bad(estimate)
-        for matrix, estimate in zip(bucket.matrices, estimates, strict=True):
-            matrix.store(estimate, grads, poisoned(scale, bad))
+        for matrix, estimate in zip(matrices, estimates, strict=True):
+            half = matrix.dtype == torch.float16  # whose range a residual can leave that is sent at last
+            bad = bad | is_bad((estimate * scale).half() if half else estimate)
+        for matrix, estimate in zip(matrices, estimates, strict=True):
+            self.exchange.kept(matrix).store(estimate, grads, poisoned(scale, bad))
         for mean, members in zip(dense, bucket.dense.values(), strict=True):
-            _unflatten(mean * poisoned(1.0, bad), grads, members)
+            unflatten(mean * poisoned(1.0, bad), grads, members)
         return bad
 
     def _compress(
-        self, bucket: _Bucket, grads: Sequence[Tensor], scale: Tensor | float, cohort: Cohort | None, bad: Tensor
+        self,
+        sections: Sequence[Section],
+        grads: Sequence[Tensor],
+        scale: Tensor | float,
+        cohort: Cohort | None,
+        bad: Tensor,
     ) -> tuple[list[Tensor], Tensor]:
         """Compensate, compress, exchange, estimate."""
         bundles = []
-        for matrix, state, encoder in zip(bucket.matrices, bucket.states, bucket.encoders, strict=True):
+        for section in sections:
+            matrix, state, compressor = section.matrix, section.state, section.compressor
             held = self.exchange.held(matrix)
             x = self.exchange.enter(matrix, matrix.load(grads, 1.0 / scale))
-            if self.feedback.weights is not None:
+            if section.feedback.weights is not None:
                 x = x / self._own_weights(x)
             keys = self._keys(held)
             present = None if cohort is None else cohort.of_rows(held.rows)
-            parts, not_finite = encoder.encode(x, keys, state.feedback, state.begin(), present)
-            if not (self.compressor.preserves_zero or self.compressor.changes_basis):
+            parts, not_finite = section.encoder.encode(x, keys, state.feedback, state.begin(), present)
+            if not (compressor.preserves_zero or compressor.changes_basis):
                 state.clear_padding()
-            bundles.append(Bundle(held, parts, keys, state.exchange))
+            dense = compressor if section.planned else None
+            bundles.append(Bundle(held, parts, keys, state.exchange, dense))
             bad = bad | not_finite
 
-        means, bad = self._exchange(bucket, bundles, bad)
+        means, bad = self._exchange(sections, bundles, bad)
         estimates = []
-        for mean, matrix, state in zip(means, bucket.matrices, bucket.states, strict=True):
-            if cohort is not None and self.feedback.absence == "left out":
+        for mean, section in zip(means, sections, strict=True):
+            if cohort is not None and section.feedback.absence == "left out":
                 mean.div_(cohort.share)
-            estimate, replicated = self.feedback.estimate(mean, state.feedback)
-            state.stage(replicated)
-            estimates.append(self.compressor.inverse_transform_rows(estimate, matrix.tile))
+            estimate, replicated = section.feedback.estimate(mean, section.state.feedback)
+            section.state.stage(replicated)
+            estimates.append(section.compressor.inverse_transform_rows(estimate, section.matrix.tile))
         return estimates, bad
 
     def _restart(
-        self, bucket: _Bucket, grads: Sequence[Tensor], scale: Tensor | float, bad: Tensor
+        self, sections: Sequence[Section], grads: Sequence[Tensor], scale: Tensor | float, bad: Tensor
     ) -> tuple[list[Tensor], Tensor]:
         """Average as they are the gradients that feedback begins with."""
         estimates = []
-        for matrix, state in zip(bucket.matrices, bucket.states, strict=True):
+        for section in sections:
+            matrix, state = section.matrix, section.state
             x = self.exchange.enter(matrix, matrix.load(grads, 1.0 / scale))
             x = self.compressor.transform_rows(x, matrix.tile)
-            mean, bad = self.exchange.dense_mean(x, bad)
+            mean, bad = self.exchange.dense_mean(self.exchange.held(matrix), x, bad)
             if self.feedback.weights is not None:
                 x = x / self._own_weights(x)
             own, replicated = self.feedback.restart(x, mean)
@@ -204,16 +199,18 @@ class Communicator(Averager):
             estimates.append(self.compressor.inverse_transform_rows(mean, matrix.tile))
         return estimates, bad
 
-    def _exchange(self, bucket: _Bucket, bundles: Sequence[Bundle], bad: Tensor) -> tuple[list[Tensor], Tensor]:
+    def _exchange(
+        self, sections: Sequence[Section], bundles: Sequence[Bundle], bad: Tensor
+    ) -> tuple[list[Tensor], Tensor]:
         if not bundles:
             return [], bad
         outcome = self.exchange.mean(self.compressor, bundles, bad)
-        for state, new in zip(bucket.states, outcome.states, strict=True):
-            state.stage_exchange(new)
+        for section, new in zip(sections, outcome.states, strict=True):
+            section.state.stage_exchange(new)
         return outcome.means, outcome.bad
 
     def _reduce_dense(
-        self, bucket: _Bucket, grads: Sequence[Tensor], cohort: Cohort | None
+        self, bucket: Bucket, grads: Sequence[Tensor], cohort: Cohort | None
     ) -> tuple[list[Tensor], Tensor]:
         """Average over those that take part what the plan sends dense, in its own dtype."""
         any_bad = torch.zeros((), dtype=torch.bool, device=grads[0].device)
@@ -248,7 +245,8 @@ class Communicator(Averager):
     def _keys(self, held: RowMatrix) -> Tensor | None:
         """Random keys of this step's rows: equal on all ranks if randomness is shared, else each rank its own."""
         second = self.exchange.second
-        if self.compressor.randomness == "none" and (second is None or second.randomness == "none"):
+        rounds = any(tensor.dtype == torch.bfloat16 for tensor in self.feedback.state_tensors)
+        if not rounds and self.compressor.randomness == "none" and (second is None or second.randomness == "none"):
             return None
         keys = counter_rng.at_step(held.keys, counter_rng.fold(self.seed, self._step))
         workers = self.workers
@@ -260,53 +258,54 @@ class Communicator(Averager):
 
     # State.
 
-    def _new_bucket(self, grads: Sequence[Tensor], names: Sequence[str]) -> _Bucket:
-        workers = self.workers
-        shapes = [grad.shape[1:] if workers > 1 else grad.shape for grad in grads]
+    def _new_bucket(self, grads: Sequence[Tensor], names: Sequence[str]) -> Bucket:
+        shapes = [grad.shape[1:] if self.workers > 1 else grad.shape for grad in grads]
         dense: dict[torch.dtype, list[int]] = {}
-        compressed: dict[tuple[torch.dtype, Tile], list[int]] = {}
+        rows: dict[tuple[bool, torch.dtype, Tile], list[int]] = {}
+        self.connect()
+        owners = self.exchange.owners(names)
         for position, (name, grad, shape) in enumerate(zip(names, grads, shapes, strict=True)):
             if shape.numel() == 0:
                 continue
-            if self.plan.why_dense(name, shape) is not None:
+            planned = self.plan.why_dense(*self.exchange.planned_as(name, shape)) is not None
+            if planned and not self.scatters:
                 dense.setdefault(grad.dtype, []).append(position)
             else:
-                compressed.setdefault((grad.dtype, self.compressor.tile(shape)), []).append(position)
-        self.connect()
-        matrices = [
-            RowMatrix(
+                tile = (_DENSE if planned else self.compressor).tile(shape)
+                rows.setdefault((planned, grad.dtype, tile), []).append(position)
+        sections = []
+        for (planned, dtype, tile), members in sorted(rows.items(), key=lambda item: item[0][0]):
+            matrix = RowMatrix(
                 names,
                 shapes,
                 members,
                 dtype,
                 tile,
                 shards=self.exchange.shards,
-                workers=workers,
+                owners=owners,
+                workers=self.workers,
                 device=grads[0].device,
             )
-            for (dtype, tile), members in compressed.items()
-        ]
-        states, encoders = [], []
-        for matrix in matrices:
-            held = self.exchange.held(matrix)
-            states.append(RowState(held, self.feedback.state, self.exchange.owned(held), self.exchange.state))
-            encoders.append(self._encoder(held))
-        return _Bucket(matrices, states, encoders, dense)
+            sections.append(self._new_section(matrix, planned))
+        return Bucket(sections, dense)
 
-    def _encoder(self, held: RowMatrix) -> Encoder:
-        layout = self.compressor.layout(held.width, held.dtype)
-        rows = held.workers * held.rows
-        transform = functools.partial(self.compressor.transform_rows, tile=held.tile)
-        return Encoder(
-            self._kernel,
-            layout,
-            rows,
+    def _new_section(self, matrix: RowMatrix, planned: bool) -> Section:
+        compressor, feedback = (_DENSE, NoFeedback()) if planned else (self.compressor, self.feedback)
+        held = self.exchange.held(matrix)
+        averaged, owned = self.exchange.averaged(held), self.exchange.owned(held)
+        state = RowState(held, feedback.state_tensors, owned, self.exchange.state, averaged=averaged)
+        transform = functools.partial(compressor.transform_rows, tile=held.tile)
+        encoder = Encoder(
+            self._kernel if not planned else encode_kernel(compressor, feedback, fused=False),
+            compressor.layout(held.width, held.dtype),
+            held.workers * held.rows,
             held.width,
             held.dtype,
             held.device,
             fused=self._fused,
-            transform=transform if self.compressor.changes_basis else None,
+            transform=transform if compressor.changes_basis else None,
         )
+        return Section(matrix, planned, compressor, feedback, state, encoder)
 
     def _prepare(self, names: Sequence[str], tensors: Sequence[Tensor]) -> None:
         self._buckets.get(names, lambda: self._new_bucket(tensors, names))
@@ -324,13 +323,27 @@ class Communicator(Averager):
         bucket = self._buckets.get(names, lambda: self._new_bucket(tensors, names))
         for tensor in tensors:
             tensor.zero_()
-        for matrix, state in zip(bucket.matrices, bucket.states, strict=True):
-            rows = self.compressor.inverse_transform_rows(state.feedback[name], matrix.tile)
+        for section in bucket.sections:
+            if (matrix := section.state.layout(name)) is None:
+                continue
+            rows = section.compressor.inverse_transform_rows(section.state.feedback[name], matrix.tile)
             matrix.store_each(rows.view(-1, matrix.rows, matrix.width), tensors)
 
     def load_rows(self, rows: dict[str, Tensor]) -> None:
         """Take over state tensors; those of parameters not seen yet wait for them."""
+        if isinstance(self.exchange, ReduceScatter):
+            rows = self.exchange.recut(rows, self.compressor)
         self._buckets.load(rows)
+
+    def deal(self, slots: Sequence[Slot]) -> None:
+        """Tell the exchange whose each tensor is."""
+        assert isinstance(self.exchange, ReduceScatter)
+        self.exchange.deal(slots)
+
+    @property
+    def state_bytes(self) -> int:
+        """Memory of the state on this rank, with the coming values of a step that has not ended."""
+        return sum(section.state.nbytes for bucket in self._buckets for section in bucket.sections)
 
     def _connected(self, ranks: Collectives) -> None:
         workers = ranks.size * self.workers
@@ -351,16 +364,7 @@ class Communicator(Averager):
         self._buckets.commit(bad)
 
     def _residual_norm(self) -> float:
-        states = [state.feedback for bucket in self._buckets for state in bucket.states]
+        states = [section.state.feedback for bucket in self._buckets for section in bucket.sections]
         kept = [state[name] for state in states for name in ("residual", "momentum_buffer") if name in state]
         squares = [float(residual.square().sum()) for residual in kept]
         return math.sqrt(sum(squares))
-
-
-def _unflatten(flat: Tensor, grads: Sequence[Tensor], members: Sequence[int]) -> None:
-    """Copy the runs of `flat` into the gradients at these positions (of every worker)."""
-    shapes = [grads[position].shape for position in members]
-    workers = sum(shape.numel() for shape in shapes) // max(1, flat.numel())
-    runs = torch.split(flat, [shape.numel() // workers for shape in shapes])
-    for position, run in zip(members, runs, strict=True):
-        grads[position].copy_(run.view(grads[position].shape[1:] if workers > 1 else grads[position].shape))

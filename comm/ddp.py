@@ -10,6 +10,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from gradwire.comm.averager import Averager
 from gradwire.comm.beside import Beside
+from gradwire.comm.deepspeed import DeepSpeedEngine, keep_engine_local
+from gradwire.comm.deepspeed_checks import is_engine
+from gradwire.comm.plain_name import plain_name
 
 
 @final
@@ -23,7 +26,7 @@ class DDPHook:
     """
 
     def __init__(self, module: DistributedDataParallel, communicator: Averager) -> None:
-        parameters = [(name, p) for name, p in module.module.named_parameters() if p.requires_grad]
+        parameters = [(plain_name(name), p) for name, p in module.module.named_parameters() if p.requires_grad]
         self._names = {p: name for name, p in parameters}
         self._communicator = communicator
         self._arrived: set[str] = set()
@@ -57,14 +60,20 @@ class DDPHook:
         self._communicator.average_([grad], [name], last=last)
 
 
-def keep_local(module: DistributedDataParallel) -> None:
+def keep_local(module: DistributedDataParallel | DeepSpeedEngine) -> None:
     """Leave gradients as each rank has them, for optimizers that exchange by themselves (`gradwire.optim.DeMo`).
 
-    DDP then sends nothing in backward, and `no_sync` is not needed. It still broadcasts buffers in forward.
+    DDP then sends nothing in backward, and `no_sync` is not needed. It still broadcasts buffers in forward. A DeepSpeed
+    engine sends nothing, either.
 
     Raises:
         RuntimeError: the module has a communication hook already.
+        ValueError: the DeepSpeed engine is at a ZeRO stage other than 0, which cuts gradients into partitions.
     """
+    if is_engine(module):
+        keep_engine_local(module)
+        return
+    assert isinstance(module, DistributedDataParallel)
     module.register_comm_hook(None, _local_bucket)
 
 

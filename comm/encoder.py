@@ -7,11 +7,14 @@ import torch
 from torch import Tensor
 
 from gradwire.comm.feedback.base import ErrorFeedback
+from gradwire.compression import counter_rng
 from gradwire.compression.base import Compressor, Part
 from gradwire.compression.fused import fuse
+from gradwire.compression.rounding import round_to_format
 
 _FUSED_BLOCK = 1 << 20  # entries: gradient, old and new residual are 12 MiB, which a shared cache holds
 _EAGER_BLOCK = 1 << 18  # an eager pass writes every temporary, so it needs a smaller block to stay in the cache
+_STATE = counter_rng.fold("state")
 
 
 Kernel = Callable[..., Tensor]
@@ -38,7 +41,7 @@ def encode_kernel(compressor: Compressor, feedback: ErrorFeedback, *, fused: boo
         if out:
             made, sent = compressor.compress_rows_with_sent(target, dtype, keys)
             for name, new in feedback.update(target, sent.to(target.dtype), state).items():
-                out[name].copy_(new)
+                out[name].copy_(new if out[name].dtype != torch.bfloat16 else _rounded(new, keys))
         else:
             made = compressor.compress_rows(target, dtype, keys)
         for part, new in zip(parts, made, strict=True):
@@ -46,6 +49,13 @@ def encode_kernel(compressor: Compressor, feedback: ErrorFeedback, *, fused: boo
         return bad
 
     return fuse(encode) if fused else encode
+
+
+def _rounded(x: Tensor, keys: Tensor | None) -> Tensor:
+    """At random to one of the two numbers in bfloat16 around each, so that small changes count in the mean."""
+    assert keys is not None
+    keys = counter_rng.at_step(keys, _STATE)
+    return round_to_format(x.float(), torch.bfloat16, counter_rng.uniform(keys, x.shape[1]))
 
 
 @final
@@ -99,7 +109,7 @@ class Encoder:
 
         Args:
             x: The gradient's rows.
-            keys: Random keys `[rows]`, if the compressor needs them.
+            keys: Random keys `[rows]`, if the compressor needs them, or state in bfloat16 does.
             state: The feedback's state.
             out: Where the new values of the rank's own state go.
             present: `[rows, 1]` bool: whether the worker of a row takes part; all do by default.

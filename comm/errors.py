@@ -5,7 +5,7 @@ from typing import final
 
 @final
 class CheckpointError(RuntimeError):
-    """A checkpoint is incomplete, or does not fit what is configured now."""
+    """A checkpoint could not be written, is incomplete, or does not fit what is configured now."""
 
 
 @final

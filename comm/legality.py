@@ -96,8 +96,8 @@ def _merge(feedback: ErrorFeedback, exchange: Exchange) -> str | None:
 
 
 def _consensus(feedback: ErrorFeedback, exchange: Exchange) -> str | None:
-    """Without consensus what is replicated elsewhere is each rank's own, which only plain tracking allows."""
-    if exchange.consensus or isinstance(feedback, NoFeedback) or feedback == EF21():
+    """Where ranks end with other means of the same rows, what is replicated elsewhere is each rank's own."""
+    if exchange.consensus or exchange.scatters or isinstance(feedback, NoFeedback) or feedback == EF21():
         return None
     return f"{exchange!r}: expected EF21() or no feedback, got {feedback!r}. Use either, or another exchange."
 
@@ -119,7 +119,8 @@ def _participation(feedback: ErrorFeedback, exchange: Exchange, participants: in
             f"{type(feedback).__name__}: expected all ranks to take part, got participants={participants}. Use EF21, "
             "EF21W or no feedback."
         )
-    if isinstance(exchange, Hierarchical) or not exchange.consensus or exchange.merge != "mean":
+    agree = exchange.consensus or exchange.scatters
+    if isinstance(exchange, Hierarchical) or not agree or exchange.merge != "mean":
         return f"{exchange!r}: expected all ranks to take part, got participants={participants}. Use AllGather()."
     return None
 

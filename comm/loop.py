@@ -30,7 +30,7 @@ class LoopHandle:
         bucket_bytes: int,
     ) -> None:
         self._communicator = communicator
-        self._buckets = _fill_buckets(parameters, bucket_bytes if overlap else None)
+        self._buckets = fill_buckets(parameters, bucket_bytes if overlap else None)
         self._place = {p: place for place, bucket in enumerate(self._buckets) for _, p in bucket}
         self._overlap, self._sync = overlap, True
         self._beside = Beside(parameters[0][1].device)
@@ -107,7 +107,7 @@ class LoopHandle:
         self._started.append(self._beside.submit(average, grads[0]))
 
 
-def _fill_buckets(parameters: Sequence[tuple[str, Tensor]], limit: int | None) -> list[list[tuple[str, Tensor]]]:
+def fill_buckets(parameters: Sequence[tuple[str, Tensor]], limit: int | None) -> list[list[tuple[str, Tensor]]]:
     """Cut the parameters, last first, into runs of one device of at most `limit` bytes each (one run without limit)."""
     buckets: list[list[tuple[str, Tensor]]] = [[]]
     size = 0

@@ -52,6 +52,7 @@ class RowMatrix:
         dtype: Their common dtype.
         tile: How they are cut into rows.
         shards: Number of owners among whom rows are dealt, >= 1.
+        owners: The owner of every tensor of the bucket, with all its rows, if they are not dealt.
         workers: Workers whose gradients this process holds; tensors have that leading dimension if it is not 1.
         device: Where the matrix lives.
     """
@@ -65,6 +66,7 @@ class RowMatrix:
         tile: Tile,
         *,
         shards: int,
+        owners: Sequence[int] | None = None,
         workers: int,
         device: torch.device,
     ) -> None:
@@ -77,8 +79,11 @@ class RowMatrix:
             row = self.bounds[-1]
             for position in members:
                 rows = tile.rows(shapes[position])
-                turn = (owner - zlib.crc32(names[position].encode())) % shards
-                first, last = turn * rows // shards, (turn + 1) * rows // shards
+                if owners is not None:
+                    first, last = 0, rows if owners[position] == owner else 0
+                else:
+                    turn = (owner - zlib.crc32(names[position].encode())) % shards
+                    first, last = turn * rows // shards, (turn + 1) * rows // shards
                 if first < last:
                     entries = min(last * width, shapes[position].numel()) - first * width
                     self.pieces.append(Piece(names[position], position, first, last, row, entries))
@@ -89,7 +94,8 @@ class RowMatrix:
         for piece in sorted(self.pieces, key=lambda piece: piece.first):
             self._pieces_of[piece.position].append(piece)
         self._runs, padding = self._split_sizes()
-        self.padding = (self._tile_padding() if tile.matrix else torch.tensor(padding, dtype=torch.int64)).to(device)
+        self._places = self._tile_padding() if tile.matrix else torch.tensor(padding, dtype=torch.int64)  # on the host
+        self.padding = self._places.to(device)
         self._parts: dict[tuple[int, int], RowMatrix] = {}
         keys = [
             counter_rng.row_keys(counter_rng.fold(p.name), p.last - p.first, device, first=p.first) for p in self.pieces
@@ -101,7 +107,7 @@ class RowMatrix:
         return slice(self.bounds[owner], self.bounds[owner + 1])
 
     def owners(self, first: int, last: int) -> "RowMatrix":
-        """The layout of the rows of owners first, ..., last - 1 alone; `load` and `store` are for whole matrices."""
+        """The layout of the rows of owners first, ..., last - 1 alone; `store` leaves others' tensors alone."""
         if (first, last) == (0, len(self.bounds) - 1):
             return self
         if (first, last) not in self._parts:
@@ -113,9 +119,17 @@ class RowMatrix:
                 dataclasses.replace(piece, row=piece.row - start) for piece in self.pieces if start <= piece.row < stop
             ]
             part.keys = self.keys[start:stop]
-            inside = (self.padding >= start * self.width) & (self.padding < stop * self.width)
-            part.padding = self.padding[inside] - start * self.width
+            inside = (self._places >= start * self.width) & (self._places < stop * self.width)
+            part._places = self._places[inside] - start * self.width
+            part.padding = part._places.to(self.device)
             part._parts = {}
+            part._pieces_of = {
+                position: [piece for piece in part.pieces if piece.position == position]
+                for position, pieces in self._pieces_of.items()
+                if pieces and all(start <= piece.row < stop for piece in pieces)
+            }
+            part._shapes = {position: self._shapes[position] for position in part._pieces_of}
+            part._runs, _ = part._split_sizes()
             self._parts[first, last] = part
         return self._parts[first, last]
 
@@ -136,6 +150,8 @@ class RowMatrix:
             mean = mean * factor
         if self.tile.matrix:
             self._store_tiles(mean, grads)
+            return
+        if not self.pieces:  # an owner of nothing
             return
         views = self._views(mean.reshape(1, -1).expand(self.workers, -1))
         flat = self._flat(grads)

@@ -20,6 +20,7 @@ class RowState:
         feedback: The feedback's state tensors.
         owned: Rows that the exchange's state belongs to.
         exchange: The exchange's state tensors.
+        averaged: Rows that the feedback's replicated state belongs to, those held by default.
 
     Attributes:
         feedback, exchange: Matrices by name, `[workers * rows, width]`, or `[rows, width]` if replicated.
@@ -31,13 +32,27 @@ class RowState:
         feedback: Sequence[StateTensor],
         owned: RowMatrix,
         exchange: Sequence[StateTensor],
+        *,
+        averaged: RowMatrix | None = None,
     ) -> None:
         self._held, self._owned = held, owned
-        self.feedback = {tensor.name: _zeros(held, tensor) for tensor in feedback}
+        mean = averaged if averaged is not None else held
+        self._layouts = {tensor.name: mean if tensor.replicated else held for tensor in feedback}
+        self.feedback = {tensor.name: _zeros(self._layouts[tensor.name], tensor) for tensor in feedback}
         self._next = {tensor.name: _zeros(held, tensor) for tensor in feedback if not tensor.replicated}
         self.exchange = {tensor.name: _zeros(owned, tensor) for tensor in exchange}
         self._begun = False
         self._staged: list[tuple[dict[str, Tensor], Mapping[str, Tensor]]] = []
+
+    @property
+    def nbytes(self) -> int:
+        """Memory, coming values included."""
+        held = [*self.feedback.values(), *self._next.values(), *self.exchange.values()]
+        return sum(tensor.numel() * tensor.element_size() for tensor in held)
+
+    def layout(self, name: str) -> RowMatrix | None:
+        """The rows that a tensor of the feedback's state belongs to, if there is one of this name."""
+        return self._layouts.get(name)
 
     def begin(self) -> dict[str, Tensor]:
         """Where the coming values of the rank's own feedback state are to be written."""
@@ -92,11 +107,11 @@ class RowState:
                     view.copy_(value[:, piece.first - first : piece.last - first])
 
     def _pieces(self) -> Iterator[tuple[str, Piece, Tensor]]:
-        for matrix, tensors in ((self._held, self.feedback), (self._owned, self.exchange)):
-            for state, tensor in tensors.items():
-                stacked = tensor.view(-1, matrix.rows, matrix.width) if matrix.rows else tensor[None]
-                for piece in matrix.pieces:
-                    yield state, piece, stacked[:, piece.row : piece.row + piece.last - piece.first]
+        for state, tensor in (self.feedback | self.exchange).items():
+            matrix = self._layouts.get(state, self._owned)
+            stacked = tensor.view(-1, matrix.rows, matrix.width) if matrix.rows else tensor[None]
+            for piece in matrix.pieces:
+                yield state, piece, stacked[:, piece.row : piece.row + piece.last - piece.first]
 
 
 def _zeros(matrix: RowMatrix, tensor: StateTensor) -> Tensor:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from gradwire.comm.averager import Averager
 from gradwire.comm.collectives import Collectives
+from gradwire.comm.exchange.reduce_scatter import Slot
 
 
 @final
@@ -50,6 +51,12 @@ class Warmup(Averager):
         self.first, self.then, self.steps = first, then, steps
         self.workers = then.workers
         self.consensus = first.consensus and then.consensus
+        if first.scatters != then.scatters:
+            raise ValueError(
+                "Warmup: expected exchange=ReduceScatter() in both communicators or in none, got it in one. Set it in "
+                "the other, too."
+            )
+        self.scatters = then.scatters
         then.first_step = steps
 
     def config(self) -> dict[str, str]:
@@ -59,6 +66,16 @@ class Warmup(Averager):
             | {f"then.{key}": value for key, value in self.then.config().items()}
             | {"warmup_steps": str(self.steps)}
         )
+
+    def deal(self, slots: Sequence[Slot]) -> None:
+        """Hand them to both."""
+        self.first.deal(slots)
+        self.then.deal(slots)
+
+    @property
+    def state_bytes(self) -> int:
+        """That of both."""
+        return self.first.state_bytes + self.then.state_bytes
 
     def _connected(self, ranks: Collectives) -> None:
         for part in (self.first, self.then):

@@ -20,6 +20,7 @@ from torch.optim.optimizer import ParamsT
 from gradwire.compression import counter_rng
 from gradwire.compression.base import compute_dtype
 from gradwire.optim.bucket import Bucket
+from gradwire.optim.checks import check_whole
 from gradwire.optim.compiled import step_compiled
 from gradwire.optim.differentiable import step_differentiable
 from gradwire.optim.kernels import CHUNK, PIECE, Around, Scalars, step_eager
@@ -54,6 +55,7 @@ class Optimizer(torch.optim.Optimizer, ABC):
         if unknown:
             raise TypeError(f"{type(self).__name__}: got unexpected keyword arguments {sorted(unknown)}.")
         self._forget()
+        self._shapes: set[torch.Size] = set()
         super().__init__(params, {**defaults, **DEFAULTS, **options})
 
     # What a subclass implements.
@@ -151,6 +153,7 @@ class Optimizer(torch.optim.Optimizer, ABC):
             check_options(type(self).__name__, group)
             self.check_group(group)
         super().add_param_group(param_group)
+        self._shapes.update(param.shape for param in self.param_groups[-1]["params"])
         for param in self.param_groups[-1]["params"]:
             if param.is_complex() and not self.supports_complex:
                 self.param_groups.pop()
@@ -194,6 +197,8 @@ class Optimizer(torch.optim.Optimizer, ABC):
         for group in self.param_groups:
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
+        if not hasattr(self, "_shapes"):  # from a pickle
+            self._shapes = {param.shape for group in self.param_groups for param in group["params"]}
 
     # The template.
 
@@ -343,6 +348,8 @@ class Optimizer(torch.optim.Optimizer, ABC):
         """A parameter's group, and its name or its number in the optimizer."""
         if param not in self._places:
             everything = [(p, group, i) for group in self.param_groups for i, p in enumerate(group["params"])]
+            if not self.elementwise or hasattr(self, "communicator"):
+                check_whole(type(self).__name__, (p for p, _, _ in everything), self._shapes)
             self._places = {
                 p: (group, group["param_names"][i] if "param_names" in group else number)
                 for number, (p, group, i) in enumerate(everything)

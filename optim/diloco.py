@@ -11,6 +11,7 @@ from torch import Tensor
 from gradwire.comm import Averager
 from gradwire.comm.rank_state import Contents, RankState
 from gradwire.comm.rounds import Rounds, named_parameters, read_state, saved_state, write_state
+from gradwire.optim.checks import check_given
 from gradwire.optim.layout import local
 
 _OUTER = "outer_"
@@ -182,6 +183,7 @@ class DiLoCo(torch.optim.Optimizer):
         Returns:
             The closure's loss, or None.
         """
+        check_given("DiLoCo", self.inner.param_groups, _params(self.outer))
         self._rounds.begin()
         loss = self._inner_step(closure)
         self._rounds.step(self._move)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from gradwire.comm import Communicator, Plan
 from gradwire.compression import Cast, Identity
-from gradwire.optim.checks import check_range
+from gradwire.optim.checks import check_given, check_range
 from gradwire.optim.kronecker_factors import Factors, Rule
 from gradwire.optim.kronecker_layers import find_layers, gather
 
@@ -146,6 +146,7 @@ class MKOR(torch.optim.Optimizer):
         _check(name, self.settings)
         self.base = base
         parameters = {p for group in base.param_groups for p in group["params"]}
+        self._given = parameters
         self.layers, self._members = find_layers(model, parameters, self.settings["skip"], self.settings["max_dim"])
         super().__init__(base.param_groups, base.defaults)
         self._factors: Factors | None = None
@@ -184,6 +185,7 @@ class MKOR(torch.optim.Optimizer):
         """Add a group to the base; its layers, if any, are not preconditioned."""
         if not any(param_group is own for own in self.base.param_groups):  # torch's constructor hands over its own
             self.base.add_param_group(param_group)
+            self._given.update(self.base.param_groups[-1]["params"])
 
     # Steps.
 
@@ -203,6 +205,7 @@ class MKOR(torch.optim.Optimizer):
         Returns:
             The closure's loss, or None.
         """
+        check_given(type(self).__name__, self.base.param_groups, self._given)
         loss = None
         if closure is not None:
             with torch.enable_grad():

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from ranks import collect, run_ranks, start_ranks
 from torch import Tensor, nn
 
-from gradwire.comm import EF, CheckpointError, Communicator, checkpoint
+from gradwire.comm import EF, CheckpointError, Communicator, checkpoint, checkpoint_saving
 from gradwire.compression import ChunkTopK
 
 
@@ -45,16 +45,18 @@ def _equal(one: _Run, other: _Run) -> bool:
 def test_a_save_that_fails_leaves_the_checkpoint_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, first, second = tmp_path / "saved", _Run(steps=2), _Run(steps=5)
     checkpoint.save(path, **first.parts())
-    whole = checkpoint.dcp_save
+    whole = checkpoint_saving.dcp_save
 
-    def fail(state: dict[str, Any], *, checkpoint_id: str) -> None:
-        whole(state, checkpoint_id=checkpoint_id)
-        next(Path(checkpoint_id).glob("__0_*")).write_bytes(b"half of it")
-        raise OSError("No space left on device")
+    def fail(state: dict[str, Any], *, storage_writer: Any, process_group: Any) -> None:
+        whole(state, storage_writer=storage_writer, process_group=process_group)
+        next(storage_writer.path.glob("__0_*")).write_bytes(b"half of it")
+        raise OSError("the tide came in")
 
-    monkeypatch.setattr(checkpoint, "dcp_save", fail)
-    with pytest.raises(OSError, match="No space left"):
+    monkeypatch.setattr(checkpoint_saving, "dcp_save", fail)
+    message = r"save: could not write .*saved: rank 0: OSError: the tide came in\. What was there before still is"
+    with pytest.raises(CheckpointError, match=message):
         checkpoint.save(path, **second.parts())
+    assert [place.name for place in tmp_path.iterdir()] == ["saved"]
     monkeypatch.undo()
     loaded = _Run()
     checkpoint.load(path, **loaded.parts())
@@ -139,14 +141,12 @@ def test_every_rank_names_the_file_that_one_of_them_finds(tmp_path: Path) -> Non
 
 
 def _die_while_saving(path: str) -> None:
-    whole = checkpoint.dcp_save
-
-    def die(state: dict[str, Any], *, checkpoint_id: str) -> None:
+    def die(*args: Any, **kwargs: Any) -> None:
         if dist.get_rank() == 1:
             os.kill(os.getpid(), signal.SIGKILL)
-        whole(state, checkpoint_id=checkpoint_id)
+        whole(*args, **kwargs)
 
-    checkpoint.dcp_save = die  # this process ends with the test
+    whole, checkpoint_saving.dcp_save = checkpoint_saving.dcp_save, die  # this process ends with the test
     checkpoint.save(path, **_Run(steps=5).parts())
 
 
@@ -154,6 +154,7 @@ def _die_while_saving(path: str) -> None:
 def test_a_rank_killed_while_saving_leaves_the_checkpoint_before(tmp_path: Path) -> None:
     path = str(tmp_path / "saved")
     run_ranks(2, _save, path)
-    (survivor, _), (killed, code) = collect(start_ranks(2, _die_while_saving, path, timeout_s=10.0), 40)
+    (survivor, error), (killed, code) = collect(start_ranks(2, _die_while_saving, path, timeout_s=600.0), 60)
     assert (survivor, killed, code) == ("error", "died", -9)
+    assert re.search(r"save: a rank has ended .*saved is as it was before", error)
     assert run_ranks(2, _load, path) == ["loaded"] * 2

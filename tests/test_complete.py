@@ -123,7 +123,8 @@ def test_every_communicator_and_exchange_has_a_case() -> None:
     assert _public(comm.Averager) == {type(communicator) for communicator in made}
     used = {type(communicator.exchange) for communicator in composed}
     # Simulated is what the others are compared with; after Gossip ranks differ, and tests/test_gossip.py says by what.
-    assert _public(comm.Exchange) == used | {comm.Simulated, comm.Gossip}
+    # ReduceScatter goes with FSDP2 alone: tests/test_fsdp_shard.py.
+    assert _public(comm.Exchange) == used | {comm.Simulated, comm.Gossip, comm.ReduceScatter}
     assert {type(case.compressor) for case in cases.COMPRESSORS} == {type(made.compressor) for made in composed}
 
 

@@ -299,7 +299,7 @@ def test_what_cannot_be_averaged_is_refused_with_a_remedy() -> None:
     for name, words in {
         "native": "mesh=mesh['shard']",
         "no replicate": "expected replicate=mesh['replicate']",
-        "no model": "expected replicate=mesh['replicate']",
+        "no model": "expected replicate=mesh['replicate'] with an FSDP2 model alone",
         "all ranks": "group=mesh['replicate'].get_group()",
         "shards": "the same shard of other replicas",
         "two dimensions": "one dimension",

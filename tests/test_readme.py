@@ -25,6 +25,7 @@ from gradwire import compression, optim
 README = Path(__file__).parent.parent / "README.md"
 _SHORT = {
     "gradwire train": " --steps 2 --layers 1 --width 32 --heads 2 --context 32 --batch 2",
+    "gradwire plan": " --parameters 100k --tokens 64 --methods Cast 'ChunkTopK + EF'",
     "gradwire bench compression": " --numel 65536 --no-fused",
     "gradwire bench optim": " --quick --no-fused --no-rivals",
     "gradwire bench sweep": " --quick",

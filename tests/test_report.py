@@ -47,6 +47,18 @@ def test_fill_writes_the_table_between_the_markers(results: Path) -> None:
     assert report.fill(text, results) == text
 
 
+def test_what_a_gpu_measured_follows(results: Path) -> None:
+    kept = json.loads((results / "train.json").read_text())
+    kept["machine"]["gpu"] = "A GPU"
+    kept["runs"][0]["seconds"] = 1.2
+    (results / "train-cuda.json").write_text(json.dumps(kept))
+    text = report.fill(EMPTY, results)
+    first, second = text.split("\nOn a GPU:\n\n")
+    assert "| `dense` | 2.000 |  | 3.2 MB | 1.0 | 12 |" in first
+    assert "| `dense` | 2.000 |  | 3.2 MB | 1.0 | 1 |" in second
+    assert report.fill(text, results) == text
+
+
 def _step(algorithm: str, source: str, mode: str, ratio: float) -> list[dict[str, object]]:
     common = {"algorithm": algorithm, "source": source, "mode": mode, "ratio": ratio, "over_floor": 1.25}
     common |= {"us_per_tensor": 8.0, "peak_share": None, "first_step_cold_s": None, "first_step_warm_s": None}
@@ -233,3 +245,32 @@ def test_the_kept_results_are_those_of_the_default_comparison() -> None:
     assert [run["configuration"] for run in runs] == list(DEFAULTS)
     assert all(run["ranks_equal"] and run["skipped_steps"] == 0 for run in runs)
     assert all(run["validation_loss"] < 3 for run in runs)
+
+
+def test_fill_writes_the_table_of_compressors(tmp_path: Path) -> None:
+    seconds = {"encode eager": 0.002, "decode eager": 0.0005}
+    result = {"name": "ScaledSign()", "source": "gradwire", "compression_rate": 31.0, "copy_s": 0.0004}
+    results = [
+        result | {"seconds": seconds | {"encode fused": 0.001, "decode fused": 0.0004}},
+        result | {"name": "bf16_compress_hook", "source": "torch", "compression_rate": 2.0, "seconds": seconds},
+    ]
+    machine = {"cpu": "A CPU", "torch": "2.13.0", "date": "2026-01-02T03:04:05", "threads": 2, "command": "gradwire x"}
+    (tmp_path / "compression.json").write_text(json.dumps({"machine": machine, "numel": 10**6, "results": results}))
+    text = report.fill(EMPTY.replace("train", "compression"), tmp_path)
+    assert [line for line in text.splitlines() if line.startswith("|")][2:] == [
+        "| `ScaledSign()` | 31.0 | 4.00 | 2.00 | 10.00 | 8.00 |",
+        "| `bf16_compress_hook` of torch | 2.0 |  | 2.00 |  | 8.00 |",
+    ]
+    assert "1,000,000 float32 entries, beside a copy of them (10.0 GB/s)" in text
+    assert "A CPU, threads: 2, torch 2.13.0, 2026-01-02. Made by `gradwire x`." in text
+
+
+def test_a_picture_of_optimizers_says_what_it_shows(tmp_path: Path) -> None:
+    (tmp_path / "optim.json").write_text(json.dumps(_optim()))
+    text = "[one picture](docs/optimizer-speed.png)"
+    (draw,) = plots.stale(text, tmp_path, tmp_path).values()
+    (tmp_path / "docs").mkdir()
+    draw()
+    assert plots.stale(text, tmp_path, tmp_path) == {}
+    (tmp_path / "optim.json").write_text(json.dumps(_optim() | {"not_measured": {}}))
+    assert len(plots.stale(text, tmp_path, tmp_path)) == 1

@@ -208,6 +208,9 @@ def test_one_process_trains_on_files(
     assert alone(monkeypatch, "train", "--resume", str(tmp_path / "run"), "--seed", "1") == 2
     assert "expected seed=0 as the run began, got seed=1" in capsys.readouterr().err
     assert alone(monkeypatch, "train", "--resume", str(tmp_path / "run"), "--eval-every", "1") == 0
+    capsys.readouterr()
+    assert alone(monkeypatch, "train", *TINY, *where, *made, "--elastic") == 0
+    assert capsys.readouterr().out == f"all 30 steps are done; see {tmp_path / 'run'}\n"
 
 
 @pytest.mark.parametrize(
@@ -220,6 +223,7 @@ def test_one_process_trains_on_files(
         (["--width", "30", "--heads", "4"], "--width: expected a multiple of 2 heads, got width=30 with heads=4."),
         (["--data", "/nowhere"], "--data: expected a file, got '/nowhere'."),
         (["--resume", "/nowhere"], "--resume: expected a run folder with a checkpoint, got '/nowhere'."),
+        (["--elastic"], "--elastic: expected --output FOLDER with it, and neither --resume nor --compare."),
         (["--compare", "dense", "--compressor", "ScaledSign"], "--compare: expected whole configurations"),
         (["--compare", "dense", "Sign"], "unknown name 'Sign'"),
         (["--optimizer", "DeMo", "--feedback", "EF", "--compressor", "ScaledSign"], "DeMo: expected no compressor"),

@@ -26,12 +26,14 @@ class Bundle:
         parts: This rank's compressed rows.
         keys: The random keys that compressed them; those of a second compression are derived from them.
         state: The exchange's own state for this matrix.
+        dense: What sends these rows as they are, in place of the compressor, if the plan says so.
     """
 
     matrix: RowMatrix
     parts: tuple[Tensor, ...]
     keys: Tensor | None
     state: State
+    dense: Compressor | None = None
 
 
 @dataclass
@@ -74,6 +76,9 @@ class Exchange(ABC):
     consensus: bool = True
     """Whether all ranks end with the same mean."""
 
+    scatters: bool = False
+    """Whether every rank ends with the mean of its own tensors alone; tensors then have owners, dealt by the host."""
+
     feedback: bool = False
     """Whether the losses of a second compression are to be remembered."""
 
@@ -109,6 +114,22 @@ class Exchange(ABC):
         """Of the rows held, those that the exchange's own state belongs to."""
         return held
 
+    def averaged(self, held: RowMatrix) -> RowMatrix:
+        """Of the rows held, those that `mean` gives this rank; feedback's replicated state belongs to them."""
+        return held
+
+    def kept(self, matrix: RowMatrix) -> RowMatrix:
+        """The rows whose mean this rank ends with."""
+        return matrix
+
+    def owners(self, names: Sequence[str]) -> list[int] | None:
+        """The rank that each of these tensors belongs to, if they have owners."""
+        return None
+
+    def planned_as(self, name: str, shape: torch.Size) -> tuple[str, torch.Size]:
+        """The name and shape by which the plan decides on a tensor."""
+        return name, shape
+
     @abstractmethod
     def check(self, compressor: Compressor) -> None:
         """Raise ValueError, with the remedy, if this compressor's payloads cannot go this way."""
@@ -117,8 +138,8 @@ class Exchange(ABC):
         """Average densely among close ranks before compression: `[rows, width]` to the rows this rank holds."""
         return x
 
-    def dense_mean(self, x: Tensor, bad: Tensor) -> tuple[Tensor, Tensor]:
-        """Average the rows that this rank holds as they are; returns the mean, and the flag of all ranks."""
+    def dense_mean(self, held: RowMatrix, x: Tensor, bad: Tensor) -> tuple[Tensor, Tensor]:
+        """Average the rows held, `x`, as they are; returns the rows of `averaged`, and the flag of all ranks."""
         flat = torch.cat([x.reshape(-1), bad.to(x.dtype).view(1)])
         self.ranks.all_reduce_(flat, uncompressed=x.numel())
         return (flat[:-1] / self.ranks.size).view(x.shape), flat[-1] != 0

@@ -106,9 +106,9 @@ class Hierarchical(Exchange):
         """Across nodes."""
         return self.across.mean(compressor, bundles, bad)
 
-    def dense_mean(self, x: Tensor, bad: Tensor) -> tuple[Tensor, Tensor]:
+    def dense_mean(self, held: RowMatrix, x: Tensor, bad: Tensor) -> tuple[Tensor, Tensor]:
         """Across nodes."""
-        return self.across.dense_mean(x, bad)
+        return self.across.dense_mean(held, x, bad)
 
     def leave(self, matrices: Sequence[RowMatrix], estimates: list[Tensor], bad: Tensor) -> tuple[list[Tensor], Tensor]:
         """All-gather within the node, the flag behind the rows."""

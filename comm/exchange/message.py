@@ -62,4 +62,4 @@ class MessageLayout:
 
     def bad(self, messages: Tensor) -> Tensor:
         """Whether any of the messages carries the flag: 0-d bool."""
-        return messages[:, self._flag].any()
+        return messages[:, self._flag].bool().any()  # of bytes, any() would be a byte

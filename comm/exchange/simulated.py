@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from gradwire.comm.exchange.base import Bundle, Exchange, Merge, Outcome, check_merge, decompress_mean
+from gradwire.comm.row_matrix import RowMatrix
 from gradwire.compression.base import Compressor, compute_dtype
 
 _BATCH = 1 << 22  # entries that are decompressed at once
@@ -86,7 +87,7 @@ class Simulated(Exchange):
                 total += torch.tensordot(weights, each.to(dtype), dims=1)
         return total.div_(self.workers)
 
-    def dense_mean(self, x: Tensor, bad: Tensor) -> tuple[Tensor, Tensor]:
+    def dense_mean(self, held: RowMatrix, x: Tensor, bad: Tensor) -> tuple[Tensor, Tensor]:
         """Average the workers."""
         size = x.numel() * x.element_size()
         self.ranks.bytes.payload += size

@@ -10,6 +10,7 @@ from torch.nn.functional import pad
 from gradwire.comm.encoder import is_bad
 from gradwire.comm.exchange.base import Bundle, Exchange, Outcome, decompress_mean
 from gradwire.comm.exchange.message import MessageLayout
+from gradwire.comm.exchange.scatter import scatter
 from gradwire.comm.feedback.base import StateTensor
 from gradwire.comm.row_matrix import RowMatrix
 from gradwire.compression import counter_rng
@@ -92,7 +93,7 @@ class TwoPhase(Exchange):
     def mean(self, compressor: Compressor, bundles: Sequence[Bundle], bad: Tensor) -> Outcome:
         """Phase 1, the mean of the own shard, phase 2."""
         second = self.second or compressor
-        shards, bad = self._scatter(bundles, bad)
+        shards, bad = scatter(self.ranks, bundles, bad)
         parts: list[tuple[Tensor, ...]] = []
         states: list[dict[str, Tensor]] = []
         for bundle, received in zip(bundles, shards, strict=True):
@@ -117,18 +118,6 @@ class TwoPhase(Exchange):
                 states.append({})
             parts.append(made)
         return self._gather(second, bundles, parts, states, bad)
-
-    def _scatter(self, bundles: Sequence[Bundle], bad: Tensor) -> tuple[list[tuple[Tensor, ...]], Tensor]:
-        """Send every owner its shard of the payload; returns what all ranks sent here, stacked by rank."""
-        outgoing = [
-            [tuple(part[bundle.matrix.block(rank)] for part in bundle.parts) for bundle in bundles]
-            for rank in range(self.ranks.size)
-        ]
-        layouts = [MessageLayout(parts) for parts in outgoing]
-        messages = [layout.pack(parts, bad) for layout, parts in zip(layouts, outgoing, strict=True)]
-        own = layouts[self.ranks.rank]
-        received = torch.stack(self.ranks.all_to_all(messages, [own.nbytes] * self.ranks.size))
-        return own.unpack(received), own.bad(received)
 
     def _gather(
         self,

@@ -21,7 +21,8 @@ class StateTensor:
 
     Args:
         name: Its key.
-        replicated: Whether every rank holds the same values; otherwise they are this rank's own.
+        replicated: Whether every rank holds the same values, for the rows whose mean it is given (its own shard, if the
+            exchange scatters); otherwise they are this rank's own, for all rows that it compresses.
         dtype: Element type; the dtype of the arithmetic (float32, or float64 for float64 gradients) by default.
     """
 
@@ -47,6 +48,11 @@ class ErrorFeedback(ABC):
 
     state: ClassVar[tuple[StateTensor, ...]] = ()
     """State tensors, created as zeros."""
+
+    @property
+    def state_tensors(self) -> tuple[StateTensor, ...]:
+        """`state`, with element types that were chosen."""
+        return self.state
 
     requires: ClassVar[Requirement] = "any"
     """What the mechanism needs of a compressor to converge."""

@@ -1,0 +1,1 @@
+"""The network lab: training jobs on hosts of their own, joined by links as slow as one likes."""

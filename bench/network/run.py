@@ -38,7 +38,7 @@ CHECKED = "PowerSGD(matrix_rank=1)", "10mbit"
 TRACED = tuple(Method(f"dense, {host}", "gradwire", "dense", host, bucket_mb=0.25) for host in ("loop", "ddp"))
 """What is traced: all-reduce of whole gradients through both adapters, in small buckets."""
 
-_TRACED_NETWORK, _TRACED_HOSTS, _TRACED_STEPS = "1gbit", 2, 5
+_TRACED_NETWORK, _TRACED_HOSTS, _TRACED_STEPS = "1gbit", 2, 20
 _TRACED_SHAPE = Shape(batch=32)
 
 _WINDOW_SECONDS = 2.5

@@ -159,6 +159,8 @@ def findings(results: Mapping[str, Any]) -> list[str]:
             own = first.time_to_loss(network) or math.inf
             sooner = [
                 f"{time / own:.3g} times sooner than {label}"
+                if time >= own
+                else f"{own / time:.3g} times later than {label}"
                 for other, label in ((DDP, "DDP"), (POWER_SGD_HOOK, "torch's PowerSGD"))
                 if other.name in rows and (time := rows[other.name].time_to_loss(network)) is not None
             ]

@@ -30,6 +30,7 @@ class Host:
         shards: Ranks that share a copy of the model, with `HSDP`; 0 for its choice.
         zero_stage: With `DeepSpeed`.
         batch: Sequences per rank and step.
+        dtype: Of matrix products.
     """
 
     sharded: ClassVar[bool] = False
@@ -38,12 +39,15 @@ class Host:
     exchange: ClassVar[str | None] = None
     """The exchange of a configuration that names none, where it is not the compressor's own."""
 
-    def __init__(self, model: ByteTransformer, *, bucket_mb: float, shards: int, zero_stage: int, batch: int) -> None:
+    def __init__(
+        self, model: ByteTransformer, *, bucket_mb: float, shards: int, zero_stage: int, batch: int, dtype: str
+    ) -> None:
         if shards and not isinstance(self, HSDP):
             raise UsageError(f"--shards: expected --host hsdp with it, got shards={shards}.")
         if zero_stage and not isinstance(self, DeepSpeed):
             raise UsageError(f"--zero-stage: expected --host deepspeed with it, got zero_stage={zero_stage}.")
-        self.model, self.bucket_mb, self.zero_stage, self.batch = model, bucket_mb, zero_stage, batch
+        self.model, self.bucket_mb, self.zero_stage = model, bucket_mb, zero_stage
+        self.batch, self.dtype = batch, dtype
         self.forward: nn.Module = model
         """What training calls."""
         self.group: dist.ProcessGroup | None = None
@@ -222,6 +226,8 @@ class DeepSpeed(Host):
             "zero_allow_untested_optimizer": True,
             "gradient_clipping": 0.0,  # 1.0 unless it is said
             "zero_optimization": zero,
+            # On GPUs the engine turns off an autocast that it was not told of.
+            "torch_autocast": {"enabled": self.dtype == "bfloat16", "dtype": "bfloat16"},
         }
         deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
         self._engine, *_ = deepspeed.initialize(model=self.model, optimizer=optimizer, config=config)

@@ -105,6 +105,7 @@ class Trainer:
             shards=options.shards,
             zero_stage=options.zero_stage,
             batch=options.batch,
+            dtype=options.dtype,
         )
         self.optimizer = configuration.optimizer(
             self.model.named_parameters(),

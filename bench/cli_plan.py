@@ -18,6 +18,10 @@ def plan(
         str | None, typer.Option(help="One way: 0.5ms, 40ms; 0.1ms otherwise.", rich_help_panel=_LINKS)
     ] = None,
     world_size: Annotated[int | None, typer.Option(min=2, help="Ranks.", rich_help_panel=_LINKS)] = None,
+    backend: Annotated[
+        Literal["gloo", "nccl"] | None,
+        typer.Option(help="How long its collectives take is known, not measured.", rich_help_panel=_LINKS),
+    ] = None,
     ranks_per_host: Annotated[
         int, typer.Option(min=1, help="Ranks that share a machine and its link.", rich_help_panel=_LINKS)
     ] = 1,
@@ -46,23 +50,32 @@ def plan(
         Literal["ddp", "loop"], typer.Option(help="As for `gradwire train`.", rich_help_panel=_GRADIENTS)
     ] = "ddp",
     bucket_mb: Annotated[
-        float, typer.Option(min=0.001, help="Size of a gradient bucket in MiB.", rich_help_panel=_GRADIENTS)
-    ] = 25.0,
+        float | None,
+        typer.Option(
+            min=0.001, help="Size of a gradient bucket in MiB; the host's own otherwise.", rich_help_panel=_GRADIENTS
+        ),
+    ] = None,
     against: Annotated[
         Path | None,
         typer.Option(help="Results of `gradwire bench network`: predict its steps instead, and show how far off."),
+    ] = None,
+    measured: Annotated[
+        Path | None, typer.Option(help="With --against: an earlier output, whose measurements are taken once more.")
     ] = None,
     output: Annotated[Path | None, typer.Option(help="Write JSON here.")] = None,
 ) -> None:
     """Say whether compression pays on these links, which, and up to where; measure what options do not say."""
     from gradwire.bench import plan_units
-    from gradwire.bench.plan import Options, main
+    from gradwire.bench.plan import main
+    from gradwire.bench.plan_case import Options
 
     if against is not None:
         from gradwire.bench.plan_lab import main as compare
 
-        compare(against, output)
+        compare(against, output, measured)
         return
+    if measured is not None:
+        raise UsageError("--measured: expected --against with it, got --measured alone.")
     times = {
         name: None if text is None else plan_units.seconds(text, f"--{name}")
         for name, text in (("latency", latency), ("compute", compute), ("backward", backward))
@@ -85,6 +98,7 @@ def plan(
             methods=methods or (),
             host=host,
             bucket_mb=bucket_mb,
+            backend=backend,
             output=output,
         )
     )

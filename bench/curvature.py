@@ -6,7 +6,7 @@ Every method is tried at the same number of learning rates, with the same seeds.
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
@@ -14,15 +14,13 @@ from typing import TYPE_CHECKING, Any, final
 import torch
 
 from gradwire.bench import data, machine
+from gradwire.bench.curvature_overhead import CONTEXT, VARIANTS, overhead
 from gradwire.bench.curvature_problems import HYBRID, METHODS, SETTINGS, SPREAD, Problem, Setting, digest
 from gradwire.bench.curvature_table import COLUMNS, curvature_rows
 from gradwire.bench.errors import UsageError
 from gradwire.bench.grid import DIVERGED, Grid, check_alone
-from gradwire.bench.model import ByteTransformer, nats_per_byte, num_parameters
 from gradwire.bench.runs import Record, write_json
 from gradwire.bench.teams import deal
-from gradwire.bench.timing import measure
-from gradwire.optim import MKOR
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -30,17 +28,7 @@ if TYPE_CHECKING:
 SEEDS = 3
 QUICK_STEPS = 10
 
-LAYERS, WIDTH, HEADS, CONTEXT = 4, 128, 4, 64
-"""Of the model of `gradwire train`."""
-
-VARIANTS: dict[str, dict[str, Any]] = {
-    "MKOR(AdamW)": {},
-    "MKOR(AdamW, state_dtype=torch.bfloat16)": {"state_dtype": torch.bfloat16},
-    "MKOR(AdamW, state_dtype=torch.bfloat16, every=10)": {"state_dtype": torch.bfloat16, "every": 10},
-}
-"""Whose steps are timed."""
-
-_BLOCK, _BLOCKS, _BATCHES = 10, 12, (4, 16)
+_BLOCKS, _BATCHES = 12, (4, 16)
 _KEYS = ("problem", "method", "lr", "seed")
 
 
@@ -159,49 +147,6 @@ def _step(problem: Problem, optimizer: Any, step: int) -> None:
     if hasattr(optimizer, "observe"):
         optimizer.observe(loss)
     optimizer.step()
-
-
-def overhead(batches: Sequence[int], *, blocks: int) -> Record:
-    """Whole training steps with MKOR over those of its base alone, blocks of ten in turns."""
-    ratios: dict[str, dict[str, float]] = {}
-    base_ms: dict[str, float] = {}
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        for batch in batches:
-            functions = {"AdamW": _block(batch, None)} | {name: _block(batch, made) for name, made in VARIANTS.items()}
-            seconds = measure(functions, torch.device("cpu"), lambda found: dict.fromkeys(found, blocks))
-            medians = {name: sorted(some)[len(some) // 2] for name, some in seconds.items()}
-            base_ms[str(batch)] = round(1e3 * medians["AdamW"] / _BLOCK, 2)
-            ratios[str(batch)] = {name: round(medians[name] / medians["AdamW"], 3) for name in VARIANTS}
-    finally:
-        torch.set_num_threads(threads)
-    parameters = num_parameters(ByteTransformer(LAYERS, WIDTH, HEADS))
-    return {
-        "context": CONTEXT,
-        "steps": _BLOCK * blocks,
-        "parameters": parameters,
-        "base_ms": base_ms,
-        "ratios": ratios,
-    }
-
-
-def _block(batch: int, settings: dict[str, Any] | None) -> Callable[[], None]:
-    """Ten training steps with AdamW, or with MKOR around it."""
-    torch.manual_seed(0)
-    model = ByteTransformer(LAYERS, WIDTH, HEADS)
-    optimizer: torch.optim.Optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    if settings is not None:
-        optimizer = MKOR(model, optimizer, **settings)
-    tokens = torch.randint(0, 256, (batch, CONTEXT + 1))
-
-    def run() -> None:
-        for _ in range(_BLOCK):
-            nats_per_byte(model(tokens[:, :-1]), tokens[:, 1:]).backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-            optimizer.zero_grad()
-
-    return run
 
 
 def tables(kept: Record) -> "Table":

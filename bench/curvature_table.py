@@ -64,20 +64,24 @@ def curvature_rows(results: Mapping[str, Any], problem: str) -> list[CurvatureRo
 
 
 def curvature_section(results: Mapping[str, Any]) -> str:
-    """What the README shows of `gradwire bench curvature`: steps to two losses, and what a step costs.
+    """What the README shows of `gradwire bench curvature`: steps to two losses, and what a step costs; or this alone.
 
     Raises:
         UsageError: Runs are missing.
     """
     machine, parts = results["machine"], []
+    if not results["problems"]:
+        return f"{_overhead(results['overhead'])} {machine.get('gpu', machine['cpu'])}, {_made(machine)}"
     for name, problem in results["problems"].items():
         columns = [column.format(*problem["targets"]) for column in COLUMNS]
         lines = ["| " + " | ".join(columns) + " |", "|---" + "|---:" * (len(columns) - 1) + "|"]
-        lines += ["| " + " | ".join([f"`{row.method}`", *row.cells()]) + " |" for row in curvature_rows(results, name)]
+        rows = curvature_rows(results, name)
+        lines += ["| " + " | ".join([f"`{row.method}`", *row.cells()]) + " |" for row in rows]
         parts.append(
             "\n".join(lines) + "\n\n"
             f"{problem['title']}: held-out loss after at most {problem['steps']} steps, looked at every "
             f"{problem['every']}; {seeds_in_words(results['seeds'])} and, in brackets, the least and the most."
+            f"{_in_front(rows)}"
         )
     several = len(next(iter(next(iter(results["problems"].values()))["lrs"].values())))
     hybrid = results["options"]["hybrid"]
@@ -86,12 +90,25 @@ def curvature_section(results: Mapping[str, Any]) -> str:
         "rates are constant, all else as by default, but that `MKORH` switches when the loss falls by less than "
         f"{hybrid['threshold']:.0%} in {hybrid['check_every']} steps. K-FAC is an implementation of its own, with "
         "whole factors, inverted every step, damping 0.001 and clipping. Over its base: steps over those of the "
-        f"optimizer within, to either loss; below 1 curvature pays. {machine['cpu']}, one thread, "
-        f"torch {machine['torch']}, {machine['date'][:10]}. Made by `{machine['command']}`."
+        f"optimizer within, to either loss; below 1 curvature pays. {machine['cpu']}, one thread, {_made(machine)}"
     )
     if results.get("overhead"):
         parts.append(_overhead(results["overhead"]))
     return "\n\n".join(parts)
+
+
+def _made(machine: Mapping[str, Any]) -> str:
+    return f"torch {machine['torch']}, {machine['date'][:10]}. Made by `{machine['command']}`."
+
+
+def _in_front(rows: Sequence[CurvatureRow]) -> str:
+    """What MKOR and K-FAC do to the steps of the optimizers behind them, in a sentence; nothing if neither ran."""
+    parts = []
+    for name in ("MKOR", "K-FAC"):
+        ratios = [ratio for row in rows if row.method.startswith(name) for ratio in row.over_base if ratio is not None]
+        if ratios:
+            parts.append(f"{name} takes {min(ratios):.2f} to {max(ratios):.2f} times its steps")
+    return f" In front of an optimizer {', '.join(parts)}." if parts else ""
 
 
 def _overhead(overhead: Mapping[str, Any]) -> str:

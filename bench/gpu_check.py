@@ -1,8 +1,10 @@
 """`make gpu-check`: everything that needs a CUDA GPU, in one run of a few minutes.
 
-First the tests marked `gpu`, then the speed of every compressor and every optimizer on the device, written as JSON into
-`$OUT` if that is set, else into `bench/results/`. Without a GPU the tests are skipped by their marker and nothing is
-measured. It needs torch, what torch brings, and pytest.
+First the tests marked `gpu`, then the speed of every compressor and every optimizer on the device, what each method's
+own work adds to a training step, what MKOR adds to one, and how a model trains whose gradients workers compress. Each
+is written as JSON into `$OUT` if that is set, else into `bench/results/`, where `gradwire report --write` finds it.
+Without a GPU the tests are skipped by their marker and nothing is measured. It needs torch, what torch brings, and
+pytest.
 """
 
 import json
@@ -14,10 +16,22 @@ from typing import Any
 
 import torch
 
-from gradwire.bench import compression, optim
+from gradwire.bench import compression, gpu_training, machine, optim, plan_measure, plan_models, plan_work
+from gradwire.bench.curvature_overhead import overhead
 from gradwire.bench.optim_rivals import candidates, missing
 
 _NUMEL = 2**27  # 512 MiB of float32, ten times the cache of the largest GPU
+_PARAMETERS, _TOKENS, _RANKS = 15_000_000, 16_384, 8  # of the training step beside which methods work
+_METHODS = (
+    "Cast(dtype='bfloat16')",
+    "BlockQuantize(bits=8) + EF + TwoPhase",
+    "BlockQuantize(bits=4) + EF + TwoPhase(second=BlockQuantize(bits=8))",
+    "ScaledSign + EF + TwoPhase",
+    "ChunkTopK(k=32) + EF",
+    "PowerSGD(matrix_rank=4)",
+    "DeMo(k=32)",
+)
+_BATCHES, _BLOCKS = (16, 256), 8  # of 64 tokens, for MKOR
 
 
 def main() -> int:
@@ -34,6 +48,9 @@ def main() -> int:
         return status
     _compressors()
     _optimizers()
+    _work()
+    _curvature()
+    _training()
     return status
 
 
@@ -55,7 +72,43 @@ def _optimizers() -> None:
         print(f"  {result.case:<8} {name:<40} {numbers}")
     for name, reason in failed.items():
         print(f"gpu-check: not measured: {name}: {reason}")
-    _write("optim-cuda.json", optim.record(results, missing() | failed, quick=False, device="cuda"))
+    steps = optim.training_run(candidates(rivals=()), quick=False, device="cuda", progress=_say)
+    kept = optim.record(results, missing() | failed, quick=False, device="cuda") | {"training": steps}
+    for line in optim.training_lines(kept):
+        print(line)
+    _write("optim-cuda.json", kept)
+
+
+def _work(device: str = "cuda", parameters: int = _PARAMETERS, tokens: int = _TOKENS) -> None:
+    """What methods add to a training step, on one rank of several whose collectives send nothing."""
+    place = torch.device(device)
+    model = plan_models.transformer(parameters, tokens, place)
+    _say(f"work beside a training step of a {model.name}")
+    compute = plan_measure.compute(model, place)
+    found = plan_work.seconds(_METHODS, model, compute, _RANKS, place)
+    for method, seconds in found.items():
+        print(f"  {method:<70} {1e3 * seconds:8.2f} ms beside {1e3 * compute.step:.2f} ms")
+    about = {"benchmark": "plan work", "machine": machine.describe(device), "model": model.name, "tokens": tokens}
+    _write("plan-cuda.json", about | {"world_size": _RANKS, "step": compute.step, "work": found})
+
+
+def _curvature(device: str = "cuda", batches: tuple[int, ...] = _BATCHES, blocks: int = _BLOCKS) -> None:
+    """What MKOR adds to a training step."""
+    _say("MKOR")
+    found = overhead(batches, blocks=blocks, device=device)
+    for batch, ratios in found["ratios"].items():
+        for variant, ratio in ratios.items():
+            print(f"  {variant:<56} {ratio:.2f} times AdamW's step of {int(batch) * found['context']} tokens")
+    about = {"benchmark": "curvature", "machine": machine.describe(device), "problems": {}}
+    _write("curvature-cuda.json", about | {"overhead": found})
+
+
+def _training(device: str = "cuda", steps: int = gpu_training.STEPS) -> None:
+    """Validation loss of several configurations, with workers simulated on the device."""
+    kept = gpu_training.compare(device, steps=steps, progress=_say)
+    for run in kept["runs"]:
+        print(f"  {run['configuration']:<40} loss {run['validation_loss']} in {run['seconds']:.1f} s")
+    _write("train-cuda.json", kept)
 
 
 def _say(name: str) -> None:

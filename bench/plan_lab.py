@@ -17,16 +17,18 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import FileStore
 
-from gradwire.bench import machine, plan, plan_measure
+from gradwire.bench import machine, plan, plan_measure, plan_power_sgd, plan_work
 from gradwire.bench.errors import UsageError
 from gradwire.bench.launch import leave_process_groups
 from gradwire.bench.model import VOCABULARY, ByteTransformer, nats_per_byte
 from gradwire.bench.network.links import title
-from gradwire.bench.network.methods import DDP, NONE, Method, find
+from gradwire.bench.network.methods import NONE, POWER_SGD_HOOK, TORCH_RANK, Method, find
 from gradwire.bench.network.table import network_rows
+from gradwire.bench.plan_case import FRAMING, buckets
 from gradwire.bench.plan_models import Model
 from gradwire.bench.runs import Record, write_json
-from gradwire.comm.planner import Bucket, Call, Compute, Link, Network, predict
+from gradwire.comm import planner
+from gradwire.comm.planner import GLOO, Bucket, Call, Compute, Link, Network, Prediction
 from gradwire.comm.planner_rehearsal import Shapes
 
 WITHIN = 0.25
@@ -37,39 +39,60 @@ _CALLS = 15
 _COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#7F7F7F")
 
 
-def main(kept: Path, output: Path | None) -> None:
+def main(kept: Path, output: Path | None, measured: Path | None = None) -> None:
     """Measure, predict every cell of a kept `bench network`, print a table, write JSON if asked to.
 
+    Args:
+        kept: Results of `gradwire bench network`.
+        output: The JSON.
+        measured: An earlier one, whose measurements are taken in place of new ones.
+
     Raises:
-        UsageError: There are no such results, or they lack the job without communication.
+        UsageError: There are no such results, or they lack the job without communication or a measurement.
     """
-    if not kept.is_file():
-        raise UsageError(f"--against: expected results of `gradwire bench network`, got no file {str(kept)!r}.")
-    lab = json.loads(kept.read_text())
-    if lab.get("benchmark") != "network" or NONE.name not in lab["methods"]:
+    lab = _read("--against", kept, "network", "gradwire bench network")
+    if NONE.name not in lab["methods"]:
         raise UsageError(f"--against: expected results of `gradwire bench network` with {NONE.name!r}, got {kept}.")
-    hosts, options = lab["options"]["hosts"], lab["options"]
-    texts = sorted({text_of(method) for method in predicted(lab)})
-    with tempfile.TemporaryDirectory() as folder:
-        arguments = (options, texts, hosts, str(Path(folder) / "store"))
-        measured: list[Record] = plan_measure.side_by_side(_inputs, arguments, hosts, threads=1)
-    inputs = {name: statistics.median(found[name] for found in measured) for name in measured[0] if name != "codecs"}
-    inputs["codecs"] = {text: statistics.median(found["codecs"][text] for found in measured) for text in texts}
-    result = compare(lab, inputs) | {"machine": machine.describe() | {"threads": 1}}
+    about = machine.describe() | {"threads": 1}
+    if measured is None:
+        inputs = _measured(lab)
+    else:
+        earlier = _read("--measured", measured, "plan", "gradwire plan --against")
+        inputs, about = earlier["inputs"], earlier["machine"] | {"command": about["command"]}
+    result = compare(lab, inputs) | {"machine": about}
     print(plan_lab_section(result))
     if output is not None:
         write_json(output, result)
 
 
+def _read(option: str, path: Path, benchmark: str, made_by: str) -> Record:
+    if not path.is_file():
+        raise UsageError(f"{option}: expected results of `{made_by}`, got no file {str(path)!r}.")
+    kept: Record = json.loads(path.read_text())
+    if kept.get("benchmark") != benchmark:
+        raise UsageError(f"{option}: expected results of `{made_by}`, got {path}.")
+    return kept
+
+
+def _measured(lab: Mapping[str, Any]) -> Record:
+    """What `compare` needs, measured in as many processes as the lab has hosts: medians, since these are alike."""
+    hosts, options = lab["options"]["hosts"], lab["options"]
+    texts = sorted({text_of(method) for method in predicted(lab)})
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = (options, texts, hosts, str(Path(folder) / "store"))
+        found: list[Record] = plan_measure.side_by_side(_inputs, arguments, hosts, threads=1)
+    inputs = {name: statistics.median(one[name] for one in found) for name in found[0] if name != "work"}
+    return inputs | {"work": {text: statistics.median(one["work"][text] for one in found) for text in texts}}
+
+
 def predicted(lab: Mapping[str, Any]) -> list[Method]:
-    """The lab's methods that the cost model knows: all but torch's PowerSGD and exchanges beside the next step."""
-    methods = [find(name) for name in lab["methods"]]
-    return [m for m in methods if m.kind not in ("none", "torch PowerSGD") and "overlapped" not in m.text]
+    """The lab's methods, but the one that sends nothing, whose step is what predictions start from."""
+    return [method for name in lab["methods"] if (method := find(name)).kind != NONE.kind]
 
 
 def text_of(method: Method) -> str:
-    """The configuration whose work is measured."""
-    return method.text if method.ours else plan_measure.PLAIN
+    """The configuration whose work is measured, or the name of what torch has."""
+    return method.text if method.ours else method.name if method.kind == POWER_SGD_HOOK.kind else plan_measure.PLAIN
 
 
 def compare(lab: Mapping[str, Any], inputs: Mapping[str, Any]) -> Record:
@@ -77,26 +100,31 @@ def compare(lab: Mapping[str, Any], inputs: Mapping[str, Any]) -> Record:
 
     Args:
         lab: Results of `gradwire bench network`.
-        inputs: `backward_share` of a step without communication, `codecs` by configuration, and of a collective
-            without a network its `overhead` and bytes per second (`loopback`).
+        inputs: `backward_share` of a step without communication; by configuration the `work` that it adds, as a share
+            of that step, too; and of a collective without a network its `overhead` and bytes per second (`loopback`).
+
+    Raises:
+        UsageError: The inputs lack a configuration.
     """
     options, rows = lab["options"], {row.method: row for row in network_rows(lab)}
-    with torch.device("meta"):
-        model = ByteTransformer(options["layers"], options["width"], options["heads"])
-    shapes = [(name, tuple(parameter.shape)) for name, parameter in model.named_parameters()]
+    missing = {text_of(method) for method in predicted(lab)} - inputs.get("work", {}).keys()
+    if missing:
+        raise UsageError(f"--measured: expected measurements of {', '.join(sorted(missing))}, too. Measure anew.")
+    shapes = shapes_of(options)
     cells = []
     for text, links in lab["networks"].items():
         rates = [rate for link in links for rate in (link["up"], link["down"]) if rate is not None]
-        payload = min(rates, default=math.inf) / 8 / plan.FRAMING
-        network = Network(Link(0.0, min(payload, inputs["loopback"]), inputs["overhead"]))
+        payload = min(rates, default=math.inf) / 8 / FRAMING
+        network = Network(Link(0.0, min(payload, inputs["loopback"]), inputs["overhead"]), stretch=GLOO)
         step = rows[NONE.name].seconds[text]
+        codecs = {name: share * step for name, share in inputs["work"].items()}
         compute = Compute(step, inputs["backward_share"] * step)
         cells += [
             {
                 "method": method.name,
                 "network": text,
                 "measured": rows[method.name].seconds[text],
-                "predicted": _predict(method, shapes, options["hosts"], network, compute, inputs["codecs"]),
+                "predicted": predict(method, shapes, options["hosts"], network, compute, codecs).step,
             }
             for method in predicted(lab)
         ]
@@ -104,19 +132,30 @@ def compare(lab: Mapping[str, Any], inputs: Mapping[str, Any]) -> Record:
     return {"benchmark": "plan", "lab": about, "inputs": dict(inputs), "cells": cells}
 
 
-def _predict(
+def shapes_of(options: Mapping[str, Any]) -> Shapes:
+    """The parameters of the lab's model."""
+    with torch.device("meta"):
+        model = ByteTransformer(options["layers"], options["width"], options["heads"])
+    return [(name, tuple(parameter.shape)) for name, parameter in model.named_parameters()]
+
+
+def predict(
     method: Method,
     shapes: Shapes,
     hosts: int,
     network: Network,
     compute: Compute,
     codecs: Mapping[str, float],
-) -> float:
-    if method.kind == "torch bf16":
-        cut = plan.buckets(plan_measure.PLAIN, shapes, hosts, codec=0.0, bucket_mb=method.bucket_mb)
-        half = [Bucket(tuple(Call(c.kind, c.nbytes // 2, c.ranks) for c in b.calls), 0.0, b.ready) for b in cut]
-        return predict(half, compute, network).step
+) -> Prediction:
+    """A step of one of the lab's methods."""
     text = text_of(method)
+    if method.kind == POWER_SGD_HOOK.kind:
+        sent = plan_power_sgd.bucket(shapes, hosts, TORCH_RANK, codec=codecs[text])
+        return planner.predict([sent], compute, network)
+    if method.kind == "torch bf16":
+        cut = buckets(text, shapes, hosts, codec=0.0, bucket_mb=method.bucket_mb)
+        half = [Bucket(tuple(Call(c.kind, c.nbytes // 2, c.ranks) for c in b.calls), 0.0, b.ready) for b in cut]
+        return planner.predict(half, compute, network)
     return plan.predict(
         text,
         shapes,
@@ -124,10 +163,10 @@ def _predict(
         network=network,
         compute=compute,
         codec=codecs[text],
-        host="ddp" if method.kind == DDP.kind else method.host,
+        host=method.host,
         bucket_mb=method.bucket_mb,
         every=method.every,
-    ).step
+    )
 
 
 def plan_lab_section(results: Mapping[str, Any]) -> str:
@@ -151,7 +190,9 @@ def plan_lab_section(results: Mapping[str, Any]) -> str:
         f"{statistics.median(off):.0%}; the farthest is `{worst[1]['method']}` on {title(worst[1]['network'])}, by "
         f"{worst[0]:.0%}. Predictions know the step without communication on the same links, of which backward is "
         f"{inputs['backward_share']:.0%}, each method's own work, measured in {lab['hosts']} processes at once, and a "
-        f"collective without a network: {1e3 * inputs['overhead']:.2g} ms and {inputs['loopback'] / 1e6:.3g} MB/s. "
+        f"collective without a network: {1e3 * inputs['overhead']:.2g} ms and {inputs['loopback'] / 1e6:.3g} MB/s; and "
+        f"that gloo takes {GLOO.all_to_all:g} times as long for an all-to-all over a network as its bytes do, "
+        f"{GLOO.all_gather:g} times for an all-gather, {GLOO.all_reduce:g} times for an all-reduce. "
         f"{about['cpu']}, torch {about['torch']}, {about['date'][:10]}. Made by `{about['command']}` from results of "
         f"`{lab['command']}`, {lab['date'][:10]}."
     )
@@ -187,17 +228,24 @@ def _inputs(
 ) -> Record:
     """What `compare` needs, in one of the processes."""
     device = torch.device("cpu")
-    module = ByteTransformer(options["layers"], options["width"], options["heads"])
     text = torch.randint(VOCABULARY, (options["batch"], options["context"]))
-    shapes = [(name, tuple(parameter.shape)) for name, parameter in module.named_parameters()]
-    model = Model("", shapes, None, ((lambda: (module, lambda: nats_per_byte(module(text), text)), 1.0),))
+
+    def make() -> tuple[torch.nn.Module, Callable[[], torch.Tensor]]:
+        module = ByteTransformer(options["layers"], options["width"], options["heads"])
+        return module, lambda: nats_per_byte(module(text), text)
+
+    model = Model("", shapes_of(options), None, ((make, 1.0),))
     compute = plan_measure.compute(model, device, together)
-    codecs = plan_measure.codecs(texts, shapes, hosts, device, together)
+    ours = [text for text in texts if text != POWER_SGD_HOOK.name]
+    work = plan_work.seconds(ours, model, compute, hosts, device, together)
+    if POWER_SGD_HOOK.name in texts:
+        with plan_power_sgd.training(model, TORCH_RANK, together) as step:
+            work[POWER_SGD_HOOK.name] = compute.step * plan_work.added(step, model, device, together)
     overhead, rate = _loopback(store, hosts)
     together()
     return {
         "backward_share": compute.backward / compute.step,
-        "codecs": codecs,
+        "work": {text: seconds / compute.step for text, seconds in work.items()},
         "overhead": overhead,
         "loopback": rate,
     }

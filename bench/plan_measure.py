@@ -1,6 +1,7 @@
 """What a plan needs to know of this machine and its links: compute, compression, latency and bandwidth."""
 
 import ast
+import functools
 import multiprocessing
 import os
 import socket
@@ -15,13 +16,14 @@ import torch.distributed as dist
 from gradwire.bench import specs
 from gradwire.bench.plan_models import Model
 from gradwire.comm.averager import Averager
-from gradwire.comm.planner import Compute, Link
-from gradwire.comm.planner_rehearsal import Shapes, rehearse
+from gradwire.comm.planner import Call, Compute, Link, Network, Stretch
+from gradwire.comm.planner_rehearsal import Kind
 
-_ENTRIES = 2_000_000  # of a model at most that compression is measured on
 _STEPS = 7
 _LONG = 0.05  # seconds of a message from which on its size no longer matters
 _LARGEST = 1 << 26
+_LONG_COLLECTIVE = 0.25  # seconds on the wire
+_LEAST_STRETCH = 0.1  # what looks ten times faster than the links is noise
 _ALL_PAIRS = 16  # ranks up to which every pair is measured
 
 
@@ -53,37 +55,6 @@ def compute(model: Model, device: torch.device, together: Callable[[], object] =
     return Compute(max(step, backward, 1e-9), max(backward, 1e-9))
 
 
-def codecs(
-    methods: Sequence[str],
-    shapes: Shapes,
-    world_size: int,
-    device: torch.device,
-    together: Callable[[], object] = lambda: None,
-) -> dict[str, float]:
-    """Seconds per step that each method works on this rank beside the network, as the communicator itself runs.
-
-    Large models are measured on a share of the rows of every tensor.
-    """
-    total = sum(torch.Size(shape).numel() for _, shape in shapes)
-    share = min(1.0, _ENTRIES / total)
-    some = [
-        (name, (max(1, round(shape[0] * share)), *shape[1:]) if len(shape) > 1 else shape) for name, shape in shapes
-    ]
-    factor = total / sum(torch.Size(shape).numel() for _, shape in some)
-    found = {}
-    for method in methods:
-        together()
-        communicator = averager(method)
-        if communicator is None:
-            found[method] = 0.0
-            continue
-        bucket = list(reversed(some))
-        timed = rehearse(communicator, [bucket], world_size, steps=5, device=device, clock=lambda: now(device))
-        ((_, seconds),) = timed
-        found[method] = factor * statistics.median(seconds[2:])
-    return found
-
-
 PLAIN = "DistributedDataParallel"
 """What a method is called that hands gradients to the process group as they are."""
 
@@ -110,12 +81,31 @@ def exchanges_itself(method: str) -> bool:
     return "optimizer" in terms and specs.exchanges_itself(ast.unparse(terms["optimizer"]))
 
 
+def is_late(method: str) -> bool:
+    """Whether a configuration names an optimizer that exchanges beside the next step."""
+    if method == PLAIN or "optimizer" not in (configuration := specs.parse(method)).terms:
+        return False
+    probe = [("probe", torch.nn.Parameter(torch.zeros(1)))]
+    return getattr(configuration.optimizer(probe, lr=1.0), "form", None) == "overlapped"
+
+
 def ranks_per_machine(names: Sequence[str]) -> int:
     """How many consecutive ranks every machine has; 1 where machines differ in it."""
     count = names.count(names[0])
     even = all(name == names[rank // count * count] for rank, name in enumerate(names))
     distinct = len(names) == count * len(set(names))
     return count if even and distinct else 1
+
+
+def neighbours(names: Sequence[str]) -> Callable[[], object]:
+    """What waits for the other ranks of this rank's machine; every rank must call it with the names of all machines."""
+    own: Callable[[], object] = dist.barrier
+    for name in dict.fromkeys(names):
+        ranks = [rank for rank, other in enumerate(names) if other == name]
+        group = dist.new_group(ranks, backend="gloo")
+        if dist.get_rank() in ranks:
+            own = functools.partial(dist.barrier, group)
+    return own
 
 
 def now(device: torch.device) -> float:
@@ -192,6 +182,39 @@ def overhead(device: torch.device, links: Mapping[tuple[int, int], Link]) -> flo
         spans.append(now(device) - start)
     slowest = max((link.latency for link in links.values()), default=0.0)
     return max(0.0, statistics.median(spans[5:]) - 2 * (dist.get_world_size() - 1) * slowest)
+
+
+def stretch(device: torch.device, network: Network) -> Stretch:
+    """How much longer long collectives take than `network` says of their bytes; every rank must call it.
+
+    Args:
+        device: Of the buffers.
+        network: What was measured between pairs of ranks.
+    """
+    size = dist.get_world_size()
+    everyone = tuple(range(size))
+    sent = min(_LARGEST, _LONG_COLLECTIVE * network.across.bandwidth)
+    part = max(1, int(sent / (8 * size)))  # float32 entries
+
+    def ratio(kind: Kind, nbytes: int, collective: Callable[[], object]) -> float:
+        call, spans = Call(kind, nbytes, everyone), []
+        for _ in range(3):
+            dist.barrier()
+            start = now(device)
+            collective()
+            spans.append(now(device) - start)
+        slowest = torch.tensor([statistics.median(spans)], device=device)
+        dist.all_reduce(slowest, dist.ReduceOp.MAX)
+        fixed = network.seconds(Call(kind, 0, everyone))
+        return max(_LEAST_STRETCH, (slowest.item() - fixed) / (network.seconds(call) - fixed))
+
+    one, whole = (torch.zeros(count * part, device=device) for count in (2, 2 * size))
+    half, received = whole[: size * part], torch.empty_like(whole)
+    return Stretch(
+        ratio("all_reduce", 4 * half.numel(), lambda: dist.all_reduce(half)),
+        ratio("all_gather", 4 * one.numel(), lambda: dist.all_gather(list(received.chunk(size)), one)),
+        ratio("all_to_all", 4 * (whole.numel() - one.numel()), lambda: dist.all_to_all_single(received, whole)),
+    )
 
 
 def machines() -> list[str]:

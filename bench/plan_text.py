@@ -12,7 +12,8 @@ from gradwire.bench.progress import size
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from gradwire.bench.plan import Case, Plan
+    from gradwire.bench.plan import Plan
+    from gradwire.bench.plan_case import Case
 
 _HIDDEN = 0.01  # of the step: less does not count as exposed
 _WIDTH = 118
@@ -63,7 +64,10 @@ def table(case: "Case", plan: "Plan") -> "Table":
 def formula(case: "Case", plan: "Plan") -> Iterator[str]:
     """How a step comes about, with the numbers of the baseline and of the best method."""
     yield "step = compute + exposed;  exposed = what bucket by bucket of (work + network) outlasts backward"
-    yield "network = calls x overhead + hops x latency + bytes on the busiest link / bandwidth"
+    yield "network = calls x overhead + hops x latency + stretch x bytes on the busiest link / bandwidth"
+    longer = [f"{name} {value:.2f}" for name, value in vars(case.network.stretch).items() if value != 1]
+    if longer:
+        yield f"stretch, of a collective over a message of as many bytes: {', '.join(longer)}"
     link = case.network.across
     for method in dict.fromkeys((PLAIN, plan.best)):
         found = plan.predictions[method]

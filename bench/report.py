@@ -12,7 +12,7 @@ from gradwire.bench.curvature_table import curvature_section
 from gradwire.bench.errors import UsageError
 from gradwire.bench.exchange_table import exchange_section
 from gradwire.bench.network.table import network_section
-from gradwire.bench.plan_lab import plan_lab_section
+from gradwire.bench.plan_table import plan_section
 from gradwire.bench.products_table import legality_page
 from gradwire.bench.progress import size
 from gradwire.bench.theory.catalogue import NAMES, theory_section
@@ -77,13 +77,21 @@ def train_section(results: Mapping[str, Any]) -> str:
     first, machine = results["runs"][0], results["machine"]
     options = first["options"]
     tokens = options["batch"] * options["context"]
+    if results.get("simulated"):
+        who = f"each of {first['world_size']} workers, simulated in one process"
+        what = "Bytes are those of a worker's payloads; nothing is sent, so seconds are those of computing"
+    else:
+        who = f"each of {first['world_size']} ranks"
+        what = (
+            "Bytes are those that one rank sends; over loopback, seconds show what compression costs, not what it "
+            "saves on a slow link"
+        )
     return (
         f"{markdown(results['runs'])}\n\n"
         f"Nats per byte on held-out text of the {first['data']['name']}; a transformer of "
         f"{first['parameters'] / 1e6:.2f} M parameters, {options['steps']} steps of {tokens} "
-        f"bytes on each of {first['world_size']} ranks, seed {options['seed']}. {machine['cpu']}, "
-        f"torch {machine['torch']}, {machine['date'][:10]}. Bytes are those that one rank sends; over loopback, "
-        f"seconds show what compression costs, not what it saves on a slow link. Made by `{results['command']}`."
+        f"bytes on {who}, seed {options['seed']}. {machine.get('gpu', machine['cpu'])}, "
+        f"torch {machine['torch']}, {machine['date'][:10]}. {what}. Made by `{results['command']}`."
     )
 
 
@@ -245,7 +253,7 @@ SECTIONS: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "curvature": curvature_section,
     "theory": theory_section,
     "network": network_section,
-    "plan": plan_lab_section,
+    "plan": plan_section,
 }
 """What the README shows of each result."""
 
@@ -258,7 +266,7 @@ def fill(text: str, results: Path) -> str:
     Raises:
         UsageError: there is no marker, or no such result.
     """
-    pattern = re.compile(r"(<!-- results:(\w+) -->\n).*?(<!-- /results:\2 -->)", re.DOTALL)
+    pattern = re.compile(r"(<!-- results:([\w-]+) -->\n).*?(<!-- /results:\2 -->)", re.DOTALL)
     if not pattern.search(text):
         raise UsageError("report: expected markers such as <!-- results:train --> … <!-- /results:train -->, got none.")
 

@@ -13,15 +13,17 @@ import torch
 
 from gradwire.comm.averager import Averager
 from gradwire.comm.loop import fill_buckets
-from gradwire.comm.planner_rehearsal import Call, Shapes, rehearse
+from gradwire.comm.planner_rehearsal import Call, Kind, Shapes, rehearse
 
 __all__ = [
+    "GLOO",
     "Bucket",
     "Call",
     "Compute",
     "Link",
     "Network",
     "Prediction",
+    "Stretch",
     "greatest_gain",
     "in_buckets",
     "plan",
@@ -29,6 +31,7 @@ __all__ = [
     "with_bandwidth",
 ]
 
+_BUCKET_MB = 25.0
 _FIRST_DDP_BUCKET = 1 << 20  # DDP's own: backward is short of work for the link when it begins
 
 
@@ -61,13 +64,54 @@ class Link:
 
 @final
 @dataclass(frozen=True)
+class Stretch:
+    """How many times longer a transport needs for the bytes of a collective than a message of as many does.
+
+    Args:
+        all_reduce: > 0; below 1 where collectives go several ways at once.
+        all_gather: > 0.
+        all_to_all: > 0.
+    """
+
+    all_reduce: float = 1.0
+    all_gather: float = 1.0
+    all_to_all: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if not (value > 0 and math.isfinite(value)):
+                raise ValueError(f"Stretch: expected {name} > 0, got {name}={value}.")
+
+    def of(self, kind: Kind) -> float:
+        """That of one kind; 1 for a message.
+
+        Example:
+            >>> Stretch(all_to_all=1.5).of("all_to_all"), Stretch(all_to_all=1.5).of("message")
+            (1.5, 1.0)
+        """
+        return {"all_reduce": self.all_reduce, "all_gather": self.all_gather, "all_to_all": self.all_to_all}.get(
+            kind, 1.0
+        )
+
+
+GLOO = Stretch(all_reduce=1.03, all_gather=1.15, all_to_all=1.45)
+"""Of gloo over links that are slow for its messages: 4 hosts at 10 Mbit/s, 640 kB a rank.
+
+Its all-to-all hands the kernel one peer's whole message after the other's, so that the uplink's queue holds the next
+one's back, and its notices that a buffer is ready stand behind them. A ring has one peer on each side, and hardly
+waits.
+"""
+
+
+@final
+@dataclass(frozen=True)
 class Network:
     """Machines of equally many ranks, one link each to a network without limits of its own.
 
-        all_reduce of S bytes: overhead + 2(n-1) latency + 2(n-1)/n S / bandwidth
-        all_gather:            overhead +  (n-1) latency +   (n-1) S / bandwidth
-        all_to_all:            overhead +  (n-1) latency +       S' / bandwidth,   S' to others
-        message:               overhead +        latency +       S / bandwidth
+        all_reduce of S bytes: overhead + 2(n-1) latency + stretch 2(n-1)/n S / bandwidth
+        all_gather:            overhead +  (n-1) latency + stretch    (n-1) S / bandwidth
+        all_to_all:            overhead +  (n-1) latency + stretch        S' / bandwidth,   S' to others
+        message:               overhead +        latency +                S / bandwidth
 
     n are the ranks that take part. With several ranks to a machine, what leaves it counts: a ring leaves it once,
     all-to-all sends from each of its ranks to all others, and groups that exchange at the same time share the link.
@@ -76,6 +120,7 @@ class Network:
         across: The link of a machine.
         inside: Between ranks of one machine; as `across` by default.
         ranks_per_machine: Consecutive ranks, as torchrun numbers them, >= 1.
+        stretch: Of collectives over `across`, a fact of the transport: 1 unless given, `GLOO` or what was measured.
 
     Example:
         >>> Network(Link(latency=0.0, bandwidth=100.0)).seconds(Call("all_reduce", 100, (0, 1, 2, 3)))
@@ -91,6 +136,7 @@ class Network:
     across: Link
     inside: Link | None = None
     ranks_per_machine: int = 1
+    stretch: Stretch = Stretch()
 
     def __post_init__(self) -> None:
         if self.ranks_per_machine < 1:
@@ -101,7 +147,9 @@ class Network:
         size, machines = len(call.ranks), {rank // self.ranks_per_machine for rank in call.ranks}
         if size == 1:
             return 0.0
-        link = self.across if len(machines) > 1 or self.inside is None else self.inside
+        link, stretch = self.across, self.stretch.of(call.kind)
+        if len(machines) == 1 and self.inside is not None:
+            link, stretch = self.inside, 1.0
         hops = {"all_reduce": 2 * (size - 1), "all_gather": size - 1, "all_to_all": size - 1, "message": 1}[call.kind]
         sent = call.sent
         if len(machines) > 1:
@@ -109,7 +157,7 @@ class Network:
             sent *= self.ranks_per_machine / here  # groups like this one, side by side
             if call.kind == "all_to_all":
                 sent *= here * (size - here) / (size - 1)
-        return link.overhead + hops * link.latency + sent / link.bandwidth
+        return link.overhead + hops * link.latency + stretch * sent / link.bandwidth
 
 
 @final
@@ -174,12 +222,18 @@ class Prediction:
     calls: int
 
 
-def predict(buckets: Iterable[Bucket], compute: Compute, network: Network, *, contention: float = 1.0) -> Prediction:
+def predict(
+    buckets: Iterable[Bucket], compute: Compute, network: Network, *, contention: float = 1.0, late: bool = False
+) -> Prediction:
     """The time of a step whose buckets are averaged, one after the other, beside the backward pass.
 
         ready_i  = share_i backward + contention (codec_1 + ... + codec_{i-1})
         finish_i = max(ready_i, finish_{i-1}) + codec_i + network_i
         step     = compute - backward + max(backward + contention (codec_1 + ... + codec_{m-1}), finish_m)
+
+    Late, all of it runs beside the whole of the next step, and ends before that one's update:
+
+        step     = max(compute + contention codec, codec + network)
 
     Args:
         buckets: In the order in which they are averaged.
@@ -187,6 +241,7 @@ def predict(buckets: Iterable[Bucket], compute: Compute, network: Network, *, co
         network: Where it is sent.
         contention: Seconds by which a second of compression puts off a backward pass beside it, 0 <= contention <= 1: 1
             where both want the same cores, as ranks on a busy CPU do.
+        late: Whether means are used one step late, as in the overlapped form of DeMo.
 
     Example:
         >>> bucket = Bucket((Call("all_reduce", 100, (0, 1)),), codec=0.0, ready=0.5)
@@ -206,29 +261,33 @@ def predict(buckets: Iterable[Bucket], compute: Compute, network: Network, *, co
         total, codec, count = total + seconds, codec + bucket.codec, count + len(bucket.calls)
         sent += sum(call.sent for call in bucket.calls)
     step = compute.step - compute.backward + max(backward, finish)
+    if late:
+        step = max(compute.step + contention * codec, codec + total)
     return Prediction(step, step - compute.step, total, codec, sent, count)
 
 
-def in_buckets(shapes: Shapes, *, bucket_mb: float = 25.0, host: str = "ddp", element_size: int = 4) -> list[Shapes]:
+def in_buckets(
+    shapes: Shapes, *, bucket_mb: float | None = None, host: str = "ddp", element_size: int = 4
+) -> list[Shapes]:
     """Parameters as a host puts them in buckets, in the order in which these are averaged.
 
     Args:
         shapes: In the order of the model; backward meets the last one first.
-        bucket_mb: MiB, > 0.
-        host: "ddp", whose first bucket is of 1 MiB, or "loop".
+        bucket_mb: MiB, > 0; 25 by default, where DDP's first bucket is of 1 MiB.
+        host: "ddp" or "loop".
         element_size: Bytes per entry.
 
     Example:
         >>> [[name for name, _ in bucket] for bucket in in_buckets([("a", (9,)), ("b", (512, 512)), ("c", (9,))])]
         [['c', 'b'], ['a']]
     """
-    limit = int(bucket_mb * 2**20)
+    limit = int((_BUCKET_MB if bucket_mb is None else bucket_mb) * 2**20)
     if host == "loop":
         dtype = {2: torch.bfloat16, 4: torch.float32, 8: torch.float64}[element_size]
         tensors = [(name, torch.empty(tuple(shape), dtype=dtype, device="meta")) for name, shape in shapes]
         return [[(name, tuple(tensor.shape)) for name, tensor in bucket] for bucket in fill_buckets(tensors, limit)]
     buckets: list[list[tuple[str, Sequence[int]]]] = [[]]
-    filled, full = 0, min(limit, _FIRST_DDP_BUCKET)
+    filled, full = 0, _FIRST_DDP_BUCKET if bucket_mb is None else limit
     for name, shape in reversed(shapes):
         if filled >= full:
             buckets.append([])

@@ -56,6 +56,7 @@ class Rehearsal(Collectives):
     Args:
         world_size: Ranks that it pretends to be among, >= 1.
         rank: Which of them it is.
+        together: Called in every collective.
 
     Attributes:
         calls: What was asked for, in order, of groups that were split off, too.
@@ -68,17 +69,18 @@ class Rehearsal(Collectives):
         [Call(kind='all_reduce', nbytes=8, ranks=(0, 1, 2, 3))]
     """
 
-    def __init__(self, world_size: int, rank: int = 0) -> None:
+    def __init__(self, world_size: int, rank: int = 0, together: Callable[[], object] = lambda: None) -> None:
         self.rank, self.size = rank, world_size
         self.first, self.groups = 0, 1
         self.bytes = Bytes()
         self._group, self._timeout, self._parts = None, None, []
         self.members = tuple(range(world_size))
         self.calls: list[Call] = []
+        self.together = together
 
     def split(self, members: Sequence[int]) -> "Rehearsal":
         """A group of some of these ranks, which writes into the same list."""
-        part = Rehearsal(len(members), list(members).index(self.rank))
+        part = Rehearsal(len(members), list(members).index(self.rank), self.together)
         part.bytes, part.calls = self.bytes, self.calls
         part.members = tuple(self.members[member] for member in members)
         return part
@@ -109,6 +111,7 @@ class Rehearsal(Collectives):
             gathered, message = args
             self._note("all_gather", message)
             gathered.view(self.size, -1).copy_(message)
+        self.together()
 
     def _note(self, kind: Kind, buffer: Tensor) -> None:
         self.calls.append(Call(kind, buffer.numel() * buffer.element_size(), self.members))
@@ -124,6 +127,7 @@ def rehearse(
     device: torch.device | str = "meta",
     dtype: torch.dtype = torch.float32,
     clock: Callable[[], float] | None = None,
+    together: Callable[[], object] = lambda: None,
 ) -> list[tuple[list[Call], list[float]]]:
     """The collectives that one step makes on `world_size` ranks, and the seconds that this rank works, by bucket.
 
@@ -136,6 +140,8 @@ def rehearse(
         device: "meta" to count alone; elsewhere gradients are random.
         dtype: Of the gradients.
         clock: Seconds now, after all work on the device is done; nothing is timed without it.
+        together: Called before every step and in every collective: waits for others that do the same on this machine,
+            which share its cores and keep each other waiting.
 
     Returns:
         For every bucket the calls of the last step, and the seconds of every step.
@@ -147,7 +153,7 @@ def rehearse(
         >>> calls  # and a number that says whether all are finite
         [Call(kind='all_reduce', nbytes=8194, ranks=(0, 1))]
     """
-    ranks = Rehearsal(world_size, rank)
+    ranks = Rehearsal(world_size, rank, together)
     communicator.join(ranks)
     made = [
         ([name for name, _ in bucket], [torch.empty(tuple(shape), dtype=dtype, device=device) for _, shape in bucket])
@@ -158,6 +164,7 @@ def rehearse(
         for grads in (grads for _, grads in made):
             for grad in grads:
                 grad.normal_()  # the last step has left means
+        together()
         for place, (names, grads) in enumerate(made):
             ranks.calls.clear()
             start = clock() if clock else 0.0

@@ -44,7 +44,7 @@ class MASHA2(MASHA):
         Any but complex.
 
     Cost:
-        That of `MASHA1`, and 4 bytes for the residual.
+        That of `MASHA1`, and 8 bytes for the residual, as it is before and after a step.
 
     State:
         step; snapshot: w; snapshot_operator: F(w). Equal on all ranks. The residuals are the communicator's, different

@@ -52,7 +52,7 @@ class OneBitAdam(FrozenVariance):
         Any but complex.
 
     Cost:
-        12 bytes per parameter, and 4 / n on n ranks for the second residual; Adam's state is 8. Sends 2 (n - 1) / n
+        16 bytes per parameter, and 4 / n on n ranks for the second residual; Adam's state is 8. Sends 2 (n - 1) / n
         times 4 bytes per parameter and step in the warm-up, and 1/8 byte and a scale per 1024 entries afterwards.
 
     State:

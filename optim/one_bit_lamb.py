@@ -55,7 +55,7 @@ class OneBitLAMB(FrozenVariance):
         Any but complex.
 
     Cost:
-        16 bytes per parameter, and 4 / n on n ranks for the second residual; LAMB's state is 8. Sends what `OneBitAdam`
+        20 bytes per parameter, and 4 / n on n ranks for the second residual; LAMB's state is 8. Sends what `OneBitAdam`
         sends. Two passes over memory; sharded parameters add collectives of a few numbers per tensor.
 
     State:

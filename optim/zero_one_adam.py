@@ -59,7 +59,7 @@ class ZeroOneAdam(OneBit):
         Any but complex.
 
     Cost:
-        20 bytes per parameter, and 4 / n on n ranks for the second residual; Adam's state is 8. Sends what `OneBitAdam`
+        24 bytes per parameter, and 4 / n on n ranks for the second residual; Adam's state is 8. Sends what `OneBitAdam`
         sends in its two phases, and nothing in local steps.
 
     State:

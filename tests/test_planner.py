@@ -10,15 +10,15 @@ from ranks import run_ranks
 
 from gradwire import comm, compression
 from gradwire.bench import plan as bench_plan
-from gradwire.bench import plan_measure, plan_text
+from gradwire.bench import plan_case, plan_measure, plan_text
 from gradwire.comm import planner
 from gradwire.comm.planner import Bucket, Call, Compute, Link, Network
 from gradwire.comm.planner_rehearsal import Rehearsal, rehearse
 
-PLAIN = bench_plan.PLAIN
+PLAIN = plan_measure.PLAIN
 SHAPES = [("bytes.weight", (64, 48)), ("norm.weight", (48,)), ("up.weight", (96, 48)), ("down.weight", (48, 96))]
 COMPRESSING = tuple(method for method in bench_plan.CANDIDATES if method != PLAIN)
-NESTED = tuple(text.format(inside=2) for text in bench_plan.NESTED)
+NESTED = tuple(text.format(inside=2) for text in plan_case.NESTED)
 FREE = Link(latency=0.0, bandwidth=math.inf)
 
 
@@ -42,6 +42,24 @@ def test_a_collective_takes_latency_per_hop_and_bytes_over_bandwidth(size: int) 
         call = Call(kind, 4000, everyone(size))  # type: ignore[arg-type]
         assert call.sent == pytest.approx(nbytes)
         assert network.seconds(call) == pytest.approx(0.5 + 0.01 * hops + nbytes / 1000)
+
+
+@pytest.mark.parametrize(
+    ("kind", "times"), [("all_reduce", 2.0), ("all_gather", 3.0), ("all_to_all", 4.0), ("message", 1.0)]
+)
+def test_a_transport_may_take_longer_for_a_collective_than_for_its_bytes(kind: Any, times: float) -> None:
+    stretch = planner.Stretch(all_reduce=2.0, all_gather=3.0, all_to_all=4.0)
+    call, link = Call(kind, 4000, everyone(4)), Link(latency=0.01, bandwidth=1000.0, overhead=0.5)
+    plain, longer = Network(link), Network(link, stretch=stretch)
+    assert longer.seconds(call) - plain.seconds(call) == pytest.approx((times - 1) * call.sent / 1000)
+    near = Network(link, inside=link, ranks_per_machine=4, stretch=stretch)
+    assert near.seconds(call) == plain.seconds(call)
+
+
+def test_a_stretch_is_positive() -> None:
+    with pytest.raises(ValueError, match=r"Stretch: expected all_gather > 0, got all_gather=0\.0"):
+        planner.Stretch(all_gather=0.0)
+    assert planner.GLOO.all_to_all > planner.GLOO.all_gather > planner.GLOO.all_reduce > 1
 
 
 def test_two_phases_send_as_much_as_a_ring_of_the_same_payload() -> None:
@@ -102,10 +120,22 @@ def test_compression_on_busy_cores_puts_backward_off() -> None:
 def test_a_step_is_never_longer_on_a_better_link() -> None:
     shapes, rates = SHAPES, [10.0**power for power in range(3, 11)]
     for method in bench_plan.CANDIDATES:
-        found = bench_plan.buckets(method, shapes, 4, codec=1e-3)
+        found = plan_case.buckets(method, shapes, 4, codec=1e-3)
         steps = [planner.predict(found, Compute(0.1, 0.05), Network(Link(1e-4, rate))).step for rate in rates]
         assert all(slow >= fast for slow, fast in pairwise(steps))
         assert steps[0] > steps[-1]
+
+
+def test_what_is_late_runs_beside_the_whole_next_step() -> None:
+    """By hand: of 3 s of computing with 1 s of compression, sending of 1 s is hidden and of 5 s is not."""
+    network, compute = Network(Link(0.0, 100.0)), Compute(step=3.0, backward=1.0)
+    steps = []
+    for nbytes in (100, 500):
+        bucket = Bucket((Call("message", nbytes, (0, 1)),), 1.0, 1.0)
+        steps += [planner.predict([bucket], compute, network, late=late).step for late in (False, True)]
+    assert steps == [5.0, 4.0, 9.0, 6.0]
+    free = planner.predict([Bucket((), 1.0, 1.0)], compute, network, contention=0.0, late=True)
+    assert free.step == 3.0
 
 
 # Where it stops paying.
@@ -132,7 +162,7 @@ def test_break_even_may_be_nowhere_or_everywhere() -> None:
     assert planner.greatest_gain(lambda x: 1.0, 1.0, 100.0) == 100.0
 
 
-def _case(bandwidth: float, **changes: Any) -> bench_plan.Case:
+def _case(bandwidth: float, **changes: Any) -> plan_case.Case:
     codecs = {PLAIN: 0.0, "Cast(dtype='bfloat16')": 0.002, "ChunkTopK(k=32) + EF": 0.02}
     values: dict[str, Any] = {
         "model": "test",
@@ -143,7 +173,7 @@ def _case(bandwidth: float, **changes: Any) -> bench_plan.Case:
         "compute": Compute(0.3, 0.2),
         "codecs": codecs,
     }
-    return bench_plan.Case(**values | changes)
+    return plan_case.Case(**values | changes)
 
 
 def test_the_plan_pays_below_its_break_even_and_not_above() -> None:
@@ -181,8 +211,8 @@ def test_answers_say_what_is_so() -> None:
 # Buckets, and what a communicator does with them.
 
 
-@pytest.mark.parametrize(("bucket_mb", "expected"), [(25.0, [1, 7]), (1.5, [1, 2, 2, 2, 1])])
-def test_buckets_of_ddp(bucket_mb: float, expected: list[int]) -> None:
+@pytest.mark.parametrize(("bucket_mb", "expected"), [(None, [1, 7]), (25.0, [8]), (1.5, [2, 2, 2, 2])])
+def test_buckets_of_ddp(bucket_mb: float | None, expected: list[int]) -> None:
     shapes = [(f"w{number}", (512, 512)) for number in range(8)]  # 1 MiB each
     found = planner.in_buckets(shapes, bucket_mb=bucket_mb)
     assert [len(bucket) for bucket in found] == expected
@@ -234,7 +264,7 @@ def test_declared_bytes_are_those_of_real_ranks(size: int, methods: tuple[str, .
 
 def test_plain_averaging_sends_the_gradients() -> None:
     numel = sum(torch.Size(shape).numel() for _, shape in SHAPES)
-    calls = [call for bucket in bench_plan.buckets(PLAIN, SHAPES, 4, codec=0.0) for call in bucket.calls]
+    calls = [call for bucket in plan_case.buckets(PLAIN, SHAPES, 4, codec=0.0) for call in bucket.calls]
     assert sum(call.sent for call in calls) == pytest.approx(1.5 * 4 * numel)
 
 
@@ -267,6 +297,6 @@ def test_local_steps_share_an_exchange() -> None:
 
 
 def test_an_optimizer_that_exchanges_itself_hides_nothing() -> None:
-    (bucket,) = bench_plan.buckets("DeMo(k=8)", SHAPES, 4, codec=0.01)
+    (bucket,) = plan_case.buckets("DeMo(k=8)", SHAPES, 4, codec=0.01)
     assert bucket.ready == 1.0
     assert [call.kind for call in bucket.calls] == ["all_reduce", "all_gather"]

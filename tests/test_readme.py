@@ -8,6 +8,7 @@ of an `sh` block runs as written, with `_SHORT` appended.
 import ast
 import contextlib
 import doctest
+import inspect
 import os
 import re
 import shlex
@@ -20,7 +21,9 @@ from typing import Any
 import pytest
 import torch
 
-from gradwire import compression, optim
+from gradwire import comm, compression, optim
+from gradwire.bench import specs
+from gradwire.comm.planner_rehearsal import Rehearsal, rehearse
 
 README = Path(__file__).parent.parent / "README.md"
 _SHORT = {
@@ -123,6 +126,112 @@ def test_table_of_compressors_adds_up() -> None:
     kinds = {cls.__name__ for cls in vars(compression).values() if isinstance(cls, type)}
     kinds -= {"Compressor", "Part", "Payload", "PayloadError"}
     assert {text.partition("(")[0] for text, _ in rows} == kinds
+
+
+def _entries(table: str) -> list[tuple[str, int]]:
+    """The first cell and the bytes of the second one, where that is a number of bytes."""
+    text = README.read_text().partition(f"| {table} |")[2].partition("\n\n")[0]
+    return [(name, int(said)) for name, said in re.findall(r"^\| `(.+?)` \| (\d+) bytes \|", text, flags=re.MULTILINE)]
+
+
+_NUMEL = 64 * 1024
+
+
+@pytest.mark.parametrize(("text", "said"), _entries("feedback"))
+def test_feedback_holds_as_many_bytes_as_the_table_says(text: str, said: int) -> None:
+    feedback = eval(text.replace("...", "(1.0, 1.0)"), vars(comm))
+    compressor = compression.QSGD() if feedback.requires == "unbiased" else compression.ChunkTopK(k=32)
+    communicator = comm.Communicator(compressor, feedback=feedback)
+    rehearse(communicator, [[("weight", (64, 1024))]], world_size=2, steps=3, device="cpu")
+    assert communicator.state_bytes / _NUMEL == said
+
+
+@pytest.mark.parametrize(("text", "said"), _entries("optimizer"))
+def test_optimizers_hold_as_many_bytes_as_the_table_says(text: str, said: int) -> None:
+    cls: Any = getattr(optim, text.removesuffix("()"))
+    short = {"warmup_steps": 1} if "warmup_steps" in inspect.signature(cls).parameters else {}
+    weight = torch.nn.Parameter(torch.randn(64, 1024))
+    optimizer = cls([("weight", weight)], lr=1e-3, **short)
+    own = specs.own_communicator(optimizer)
+    if own is not None:
+        own.join(Rehearsal(1024))  # what is divided among ranks is next to nothing
+
+    def loss() -> torch.Tensor:
+        return weight.square().sum()
+
+    for _ in range(4):
+        if "MASHA" in text:
+            optimizer.step(loss)
+        else:
+            weight.grad = torch.randn_like(weight)
+            optimizer.step()
+    tensors = [value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
+    held = sum(value.numel() * value.element_size() for value in tensors) + (own.state_bytes if own else 0)
+    assert held / _NUMEL == pytest.approx(said, abs=0.2)
+
+
+def test_thresholds_are_as_near_as_the_table_says() -> None:
+    (said,) = re.findall(r"`ThresholdTopK.*up to (\d+) % of the smallest magnitude", README.read_text())
+    assert round(100 * 2 ** -compression.ThresholdTopK().mantissa_bits) == int(said)
+
+
+_EXPLAINED = {
+    "up to 3 %": "the width of a bin of `ThresholdTopK`; computed above",
+    "a factor of 2 is enough": "what bfloat16 saves by its definition",
+    "to save a factor of 80": "what the row's k was chosen for, not what it was found to do",
+    "a tenth of all": "advice on a hyper-parameter",
+    "an omega of 1/8": "a closed form",
+    "until 0.19.6": "a version",
+}
+"""What looks like a measurement in the README and is none, each with what it is."""
+
+_NUMBER = r"(?:\b(?:two|three|four|five|six|seven|eight|nine|ten|twenty|fifty|hundred)|\d[\d.,]*)"
+_UNIT = r"(?:[mµun]?s|min|seconds?|minutes?|hours?|times|per ?cent|[kMG]i?B|[kMG]bit)\b"
+_PART = r"(?:half|third|quarter|fifth|tenth|twentieth|hundredth|thousandth)"
+_MEASURED = re.compile(rf"{_NUMBER} ?(?:%|\u00d7|{_UNIT})|\bfactors? of {_NUMBER}|\ba {_PART}\b|\b1/\d|[-+]?\b0\.\d\d+")
+
+
+def _prose() -> str:
+    """The README without what reports fill in, code, links' targets and numbers of bytes in tables, checked above."""
+    text = re.sub(r"<!-- results:(\w+) -->.*?<!-- /results:\1 -->", "", README.read_text(), flags=re.DOTALL)
+    text = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
+    text = re.sub(r"`[^`\n]*`|\]\([^)]*\)|<[^>]*>", "", text)
+    return re.sub(r"^\| *\|[^|]*\|", "", text, flags=re.MULTILINE)
+
+
+def measured_looking(prose: str) -> list[str]:
+    """Numbers that look as if somebody had measured them, with what stands around, but for those explained."""
+    for known in _EXPLAINED:
+        prose = prose.replace(known, "")
+    return [prose[max(0, found.start() - 30) : found.end() + 30] for found in _MEASURED.finditer(prose)]
+
+
+def test_no_measured_number_is_typed_by_hand() -> None:
+    assert measured_looking(_prose()) == [], "let `gradwire report` write it, or leave the number out"
+    assert [known for known in _EXPLAINED if known not in _prose()] == []
+
+
+@pytest.mark.parametrize(
+    "sentence",
+    [
+        "MKOR saves 29 % of the steps.",
+        "It takes 10 to 20 s to compile.",
+        "It sends a hundredth of it.",
+        "All of it takes two minutes.",
+        "It is 2.5 times faster, or 4 \u00d7 in all.",
+        "Seeds differ by 0.022 at most.",
+        "A copy moves 34 GB/s.",
+        "The loss is -0.05 better.",
+        "It saves a factor of 12.",
+    ],
+)
+def test_measured_numbers_are_found(sentence: str) -> None:
+    assert len(measured_looking(sentence)) >= 1
+
+
+def test_definitions_are_no_measurements() -> None:
+    prose = "Two workers on 4 ranks with torch 2.13 and Python 3.11, in 8 bits, 12 bytes per entry, 500 steps, k = 32."
+    assert measured_looking(prose) == []
 
 
 def test_make_targets_exist() -> None:

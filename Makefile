@@ -3,6 +3,9 @@ PYTHON ?= python3
 NPROC ?= 2
 TRAIN ?= --compare default
 WORKERS ?= 2
+BENCH ?= --output runs/federated/federated.json
+SIMULATORS := pfl==0.6.0 fedlab==1.3.0 flwr[simulation]==1.41.0
+QUIETLY := --disable-pip-version-check --no-input -q
 
 BIN := .venv/bin
 PACKAGES := $(patsubst %/__init__.py,%,$(wildcard */__init__.py))
@@ -10,7 +13,7 @@ PACKAGES := $(patsubst %/__init__.py,%,$(wildcard */__init__.py))
 # The root holds folders named like modules elsewhere (`compression` is in Python 3.14's library): keep it off sys.path.
 export PYTHONSAFEPATH := 1
 
-.PHONY: help train results test test-products test-deepspeed test-trainers lint types setup hooks gpu-check clean
+.PHONY: help train results bench-federated test test-products test-deepspeed test-trainers lint types setup hooks gpu-check clean
 .DEFAULT_GOAL := help
 
 help: ## List the targets
@@ -22,6 +25,18 @@ train: setup ## Train a small model under 2 workers, once for each of eight ways
 results: TRAIN += --results bench/results/train.json
 results: train ## The same, kept in bench/results and shown in the README
 	$(BIN)/gradwire report --write
+
+bench-federated: .venv-federated/installed ## Install other simulators of federated training, and race them: 20 minutes
+	.venv-federated/bin/gradwire bench federated $(BENCH)
+
+# Some pin what gradwire's own tools need newer: they get an environment of their own. One that cannot be had is left out.
+.venv-federated/installed: pyproject.toml constraints.txt Makefile
+	$(PYTHON) -m venv .venv-federated
+	.venv-federated/bin/python -m pip install $(QUIETLY) -c constraints.txt -e '.[bench]'
+	for package in $(SIMULATORS); do \
+		.venv-federated/bin/python -m pip install $(QUIETLY) -c constraints.txt "$$package" || echo "without $$package" >&2; \
+	done
+	@touch $@
 
 test: lint types ## Lint, types, layers and every test
 	$(BIN)/pytest -n $(WORKERS) --dist worksteal
@@ -70,4 +85,4 @@ gpu-check: ## On a machine with CUDA and torch, offline: install for its own pyt
 	$(PYTHON) -m gradwire.bench.gpu_check
 
 clean: ## Remove what the targets made, .venv included
-	rm -rf .venv build dist *.egg-info
+	rm -rf .venv .venv-federated build dist *.egg-info

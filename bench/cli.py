@@ -14,6 +14,7 @@ import typer
 
 import gradwire
 from gradwire.bench.cli_bench import bench
+from gradwire.bench.cli_federate import federate
 from gradwire.bench.cli_plan import plan
 from gradwire.bench.errors import UsageError
 
@@ -24,12 +25,13 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(bench, name="bench")
+app.command()(federate)
 app.command()(plan)
 
 _MODEL, _GRADIENTS, _OUTPUT = "Model and data", "Gradients and weights", "Output"
 _VARIADIC = (
     *("--compare", "--data", "--optimizers", "--lrs", "--methods", "--world-sizes", "--problems", "--claims"),
-    "--networks",
+    *("--networks", "--works", "--simulators"),
 )
 
 

@@ -210,3 +210,48 @@ def network(
 
     options: dict[str, Any] = {"host_count": hosts, "rounds": rounds, "steps": steps, "quick": quick}
     run(methods or (), networks or (), **options, output=output, figure=figure, trace=trace)
+
+
+@bench.command()
+def federated(
+    accuracy: Annotated[
+        bool, typer.Option("--accuracy", help="Accuracy of federated algorithms on digits, not the speed of rounds.")
+    ] = False,
+    works: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="TEXT ...", help="Of speed: mlp-100 mlp-1000 lenet-100, model and clients; all otherwise."
+        ),
+    ] = None,
+    simulators: Annotated[
+        list[str] | None,
+        typer.Option(metavar="TEXT ...", help="Of speed: some of those in the table: gradwire pfl …; all otherwise."),
+    ] = None,
+    passes: Annotated[int | None, typer.Option(min=1, help="Of speed: through all rounds; 3 otherwise.")] = None,
+    ranks: Annotated[bool, typer.Option(help="Of speed: measure two ranks against one, too.")] = True,
+    methods: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="TEXT ...", help='Of accuracy: some of those in the table: "SCAFFOLD()" …; all otherwise.'
+        ),
+    ] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Of accuracy: runs of each, with seeds 0, 1, ….")] = 3,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Of accuracy: processes of one thread each; one per core otherwise.")
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Tiny work, few rounds: to see that it works.")] = False,
+    output: Annotated[
+        Path | None, typer.Option(help="Write JSON here; runs of accuracy that it holds are not repeated.")
+    ] = None,
+    figure: Annotated[Path | None, typer.Option(help="Of accuracy: draw PNG here; beside the JSON otherwise.")] = None,
+) -> None:
+    """CPU time of a round against other simulators, which `make bench-federated` installs; or accuracy on digits."""
+    if accuracy:
+        from gradwire.bench.federated.accuracy import main as train
+
+        train(methods or (), seeds=seeds, workers=workers, quick=quick, output=output, figure=figure)
+        return
+    from gradwire.bench.federated.speed import main as measure
+
+    if not measure(works or (), simulators or (), passes=passes, ranks=ranks, quick=quick, output=output):
+        raise typer.Exit(1)

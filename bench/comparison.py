@@ -41,7 +41,7 @@ def compare(
         command: How to do it again.
         results: Another place for the JSON, such as `bench/results/train.json`.
     """
-    folders = [RunFolder(path / f"{n}-{_slug(text)}") for n, text in enumerate(configurations, 1)]
+    folders = [RunFolder(path / f"{n}-{slug(text)}") for n, text in enumerate(configurations, 1)]
     summaries: list[Record] = []
     for text, folder in zip(configurations, folders, strict=True):
         one = dataclasses.replace(options, configuration=text)
@@ -90,6 +90,6 @@ def _print(summaries: Sequence[Record]) -> None:
     Console(width=None if sys.stdout.isatty() else 120).print(table, markup=False)
 
 
-def _slug(text: str) -> str:
+def slug(text: str) -> str:
     """A folder's name for a configuration."""
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")

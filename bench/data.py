@@ -65,7 +65,7 @@ def standard_library() -> Corpus:
     root = Path(sysconfig.get_path("stdlib"))
     train: list[bytes] = []
     validation: list[bytes] = []
-    for path in sorted(_python_files(root)):
+    for path in sorted(python_files(root)):
         name = path.relative_to(root).as_posix()
         held_out = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest()) % _VALIDATION_SHARE == 0
         (validation if held_out else train).append(path.read_bytes())
@@ -94,11 +94,12 @@ def files(paths: Sequence[Path], context: int) -> Corpus:
     return Corpus(", ".join(path.name for path in paths), _tensor(train), _tensor(validation))
 
 
-def _python_files(root: Path) -> Iterator[Path]:
+def python_files(root: Path) -> Iterator[Path]:
+    """All `*.py` files below a folder, but for tests and packages that were installed."""
     for path in root.iterdir():
         if path.is_dir():
             if path.name not in _EXCLUDED:
-                yield from _python_files(path)
+                yield from python_files(path)
         elif path.suffix == ".py":
             yield path
 

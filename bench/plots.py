@@ -18,6 +18,7 @@ from PIL import Image  # comes with matplotlib
 from gradwire.bench import plan_lab
 from gradwire.bench.errors import UsageError
 from gradwire.bench.exchange_table import exchange_rows, exchange_section
+from gradwire.bench.federated.drawing import draw as draw_accuracy
 from gradwire.bench.network import drawing
 from gradwire.bench.report import FIGURES, SECTIONS, optim_rows, optim_section, sweep_rows, sweep_section
 from gradwire.bench.runs import Record
@@ -195,6 +196,7 @@ _DRAWN: Mapping[str, Callable[[Mapping[str, Any], Path], None]] = {
     "theory": catalogue.draw,
     "network": drawing.draw,
     "plan": plan_lab.draw,
+    "federated-accuracy": draw_accuracy,
 }
 
 

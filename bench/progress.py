@@ -2,6 +2,7 @@
 
 import sys
 import time
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any, final
 
@@ -12,16 +13,27 @@ _SECONDS_BETWEEN_LINES = 5.0
 
 @final
 class Progress:
-    """Shows step, loss, tokens per second, bytes sent per step and compression rate of one run.
+    """Shows how far a run is: by default step, loss, tokens per second, bytes per step and compression rate.
 
     Args:
         title: What is trained.
         steps: Steps in all.
         enabled: Whether this rank speaks.
+        counter: Entry of a record that counts steps.
+        describe: One line of text for a record and the number of steps.
     """
 
-    def __init__(self, title: str, steps: int, *, enabled: bool) -> None:
+    def __init__(
+        self,
+        title: str,
+        steps: int,
+        *,
+        enabled: bool,
+        counter: str = "step",
+        describe: Callable[[dict[str, Any], int], str] | None = None,
+    ) -> None:
         self._title, self._steps, self._enabled = title, steps, enabled
+        self._counter, self._describe = counter, describe or describe_step
         self._next_line = 0.0
         self._live: rich_progress.Progress | None = None
         if enabled and sys.stdout.isatty():
@@ -47,15 +59,15 @@ class Progress:
         """Show a record of the metrics."""
         if not self._enabled:
             return
-        line = describe(record, self._steps)
+        line, done = self._describe(record, self._steps), record[self._counter]
         if self._live is not None:
-            self._live.update(self._task, completed=record["step"], line=line)
-        elif time.monotonic() >= self._next_line or record["step"] == self._steps:
+            self._live.update(self._task, completed=done, line=line)
+        elif time.monotonic() >= self._next_line or done == self._steps:
             print(f"{self._title}: {line}", flush=True)
             self._next_line = time.monotonic() + _SECONDS_BETWEEN_LINES
 
 
-def describe(record: dict[str, Any], steps: int) -> str:
+def describe_step(record: dict[str, Any], steps: int) -> str:
     """One line of text for a record."""
     text = f"step {record['step']}/{steps}  loss {record['train_loss']:.3f}"
     if record["validation_loss"] is not None:

@@ -11,6 +11,8 @@ from gradwire.bench.compression_table import compression_section
 from gradwire.bench.curvature_table import curvature_section
 from gradwire.bench.errors import UsageError
 from gradwire.bench.exchange_table import exchange_section
+from gradwire.bench.federated.accuracy_table import accuracy_section
+from gradwire.bench.federated.table import speed_section
 from gradwire.bench.network.table import network_section
 from gradwire.bench.plan_table import plan_section
 from gradwire.bench.products_table import legality_page
@@ -37,6 +39,7 @@ FIGURES = {
     "docs/loss-over-bytes.png": "exchange",
     "docs/network.png": "network",
     "docs/plan.png": "plan",
+    "docs/federated.png": "federated-accuracy",
     **{f"docs/theory/{name}.png": "theory" for name in NAMES},
 }
 """Pictures that the README may show, and the results that they are drawn from."""
@@ -254,6 +257,8 @@ SECTIONS: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "theory": theory_section,
     "network": network_section,
     "plan": plan_section,
+    "federated": speed_section,
+    "federated-accuracy": accuracy_section,
 }
 """What the README shows of each result."""
 

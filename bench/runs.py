@@ -18,10 +18,11 @@ class RunFolder:
 
     Args:
         path: The folder; created when first written to.
+        counter: What its records and checkpoints are counted by.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, counter: str = "step") -> None:
+        self.path, self.counter = path, counter
 
     def start(self, options: Record) -> None:
         """Begin a new run here: keep its options, drop an earlier run's metrics."""
@@ -31,7 +32,7 @@ class RunFolder:
 
     def continue_from(self, step: int) -> Record | None:
         """Cut the metrics back to a checkpoint's step; returns their last record, None if there is none."""
-        kept = [record for record in self.metrics() if record["step"] <= step]
+        kept = [record for record in self.metrics() if record[self.counter] <= step]
         lines = (json.dumps(record) + "\n" for record in kept)
         (self.path / "metrics.jsonl").write_text("".join(lines))
         return kept[-1] if kept else None
@@ -53,11 +54,11 @@ class RunFolder:
 
     def checkpoint(self, step: int) -> Path:
         """Where the checkpoint of a step stands."""
-        return self.path / "checkpoints" / f"step-{step:07d}"
+        return self.path / "checkpoints" / f"{self.counter}-{step:07d}"
 
     def newest_checkpoint(self) -> int | None:
         """The last step with a finished checkpoint."""
-        names = (re.fullmatch(r"step-(\d+)", path.name) for path in (self.path / "checkpoints").glob("step-*"))
+        names = (re.fullmatch(rf"{self.counter}-(\d+)", path.name) for path in (self.path / "checkpoints").glob("*-*"))
         return max((int(name[1]) for name in names if name), default=None)
 
 

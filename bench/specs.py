@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from gradwire import comm, compression, optim
+from gradwire import comm, compression, federated, optim
 from gradwire.bench.errors import UsageError
 from gradwire.comm import AllReduce, Communicator, Plan
 from gradwire.comm.averager import Averager
@@ -93,16 +93,7 @@ class Configuration:
             UsageError: a name or value is wrong.
         """
         term = self.terms["optimizer"] if "optimizer" in self.terms else _tree(default)
-        _, cls = _find(term, ("optimizer",))
-        args, keywords = _arguments(term, 0)
-        if args:
-            raise UsageError(f"{cls.__name__}: expected named values such as lr=1e-3, got {args[0]!r}.")
-        for name, value in (("seed", seed), ("group", group)):
-            if name in _keywords(cls):
-                keywords.setdefault(name, value)
-        made = _call(cls, [named_parameters], {"lr": lr, **keywords})
-        assert isinstance(made, torch.optim.Optimizer)
-        return made
+        return make_optimizer(term, "optimizer", named_parameters, lr=lr, seed=seed, group=group)
 
 
 def parse(text: str, optimizer: str = "AdamW") -> Configuration:
@@ -115,7 +106,7 @@ def parse(text: str, optimizer: str = "AdamW") -> Configuration:
     Raises:
         UsageError: one sentence on what is wrong, and what exists.
     """
-    configuration = Configuration(text, _terms(_tree(text), tuple(catalogue())))
+    configuration = Configuration(text, terms(text, _OF_TRAINING))
     configuration.communicator(seed=0)
     made = _probe(configuration, optimizer)
     if own_communicator(made) is not None and configuration.terms.keys() - {"optimizer"}:
@@ -125,6 +116,48 @@ def parse(text: str, optimizer: str = "AdamW") -> Configuration:
             f"got {text!r}. Write {name} alone, or name another optimizer: 'dense + AdamW'."
         )
     return configuration
+
+
+def terms(text: str, families: tuple[str, ...]) -> dict[str, ast.expr]:
+    """The terms of a text by family, each family at most once; `dense` is a compressor and an exchange.
+
+    Raises:
+        UsageError: it is no sum of terms, or a name is unknown in these families.
+    """
+    return _terms(_tree(text), families)
+
+
+def make(term: ast.expr, family: str, *, seed: int = 0) -> Any:
+    """The object that a term of a family describes.
+
+    Raises:
+        UsageError: a name or value is wrong.
+    """
+    return _make(term, (family,), seed)
+
+
+def make_optimizer(
+    term: ast.expr, family: str, params: Iterable[Any], *, lr: float | None, **given: Any
+) -> torch.optim.Optimizer:
+    """The optimizer that a term describes, with this `lr`, if any, unless its term gives one.
+
+    So for those of the `given` values that it takes.
+
+    Raises:
+        UsageError: a name or value is wrong.
+    """
+    _, cls = _find(term, (family,))
+    args, keywords = _arguments(term, 0)
+    if args:
+        raise UsageError(f"{cls.__name__}: expected named values such as lr=1e-3, got {args[0]!r}.")
+    for name, value in given.items():
+        if name in _keywords(cls):
+            keywords.setdefault(name, value)
+    if lr is not None:
+        keywords = {"lr": lr, **keywords}
+    made = _call(cls, [params], keywords)
+    assert isinstance(made, torch.optim.Optimizer)
+    return made
 
 
 def join(terms: Mapping[str, str], optimizer: str = "AdamW") -> str:
@@ -177,6 +210,16 @@ def _tree(text: str) -> ast.expr:
         raise UsageError(f"{text!r}: expected terms joined by +, such as {example!r}.") from None
 
 
+_OF_TRAINING = ("optimizer", "compressor", "feedback", "exchange", "communicator", "plan")
+"""Families of the terms of a `Configuration`."""
+
+_INSIDE = {"algorithm": ("compressor",), "aggregator": ("aggregator",)}
+"""Families that a term of this family may hold; others may hold those of communicators."""
+
+_TIMES = (federated.FixedTimes, federated.ExponentialTimes, federated.HalfNormalTimes)
+"""Client times that are made from numbers alone."""
+
+
 @functools.cache
 def catalogue() -> Mapping[str, Mapping[str, type]]:
     """Every public class that a term may name, by family and name."""
@@ -187,6 +230,11 @@ def catalogue() -> Mapping[str, Mapping[str, type]]:
         "exchange": _public(Exchange, comm),
         "communicator": {name: cls for name, cls in _public(Averager, comm).items() if cls is not Communicator},
         "plan": {"Plan": Plan},
+        "algorithm": _public(federated.Algorithm, federated),
+        "aggregator": _public(federated.Aggregator, federated),
+        "server optimizer": _of_parameters_alone(_public(torch.optim.Optimizer, torch.optim, optim, federated)),
+        "policy": _public(federated.AsyncPolicy, federated),
+        "client times": {cls.__name__: cls for cls in _TIMES},
     }
 
 
@@ -282,7 +330,7 @@ def _dense(seed: int) -> Communicator:
 def _make(term: ast.expr, families: tuple[str, ...], seed: int) -> Any:
     """Construct the object that a term describes."""
     family, cls = _find(term, families)
-    args, keywords = _arguments(term, seed)
+    args, keywords = _arguments(term, seed, _INSIDE.get(family, _OF_TRAINING[1:]))
     if family == "communicator":
         # A communicator inside another one may be written as a sum, or as a bare compressor.
         args = [_as_communicator(value, seed) for value in args]
@@ -296,25 +344,27 @@ def _as_communicator(value: Any, seed: int) -> Any:
     return Communicator(value, seed=seed) if isinstance(value, Compressor) else value
 
 
-def _arguments(term: ast.expr, seed: int) -> tuple[list[Any], dict[str, Any]]:
+def _arguments(
+    term: ast.expr, seed: int, inside: tuple[str, ...] = _OF_TRAINING[1:]
+) -> tuple[list[Any], dict[str, Any]]:
     if not isinstance(term, ast.Call):
         return [], {}
     keywords = {}
     for keyword in term.keywords:
         if keyword.arg is None:
             raise UsageError(f"expected named values, got {ast.unparse(keyword)}.")
-        keywords[keyword.arg] = _value(keyword.value, seed)
-    return [_value(arg, seed) for arg in term.args], keywords
+        keywords[keyword.arg] = _value(keyword.value, seed, inside)
+    return [_value(arg, seed, inside) for arg in term.args], keywords
 
 
-def _value(node: ast.expr, seed: int) -> Any:
+def _value(node: ast.expr, seed: int, inside: tuple[str, ...]) -> Any:
     """A literal, or the object that a nested term describes."""
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
         return _communicator(_terms(node, ("compressor", "feedback", "exchange", "plan")), seed)
     if isinstance(node, ast.Name) and node.id.lower() == DENSE:
         return _dense(seed)
     if isinstance(node, ast.Name | ast.Call):
-        return _make(node, ("compressor", "feedback", "exchange", "communicator", "plan"), seed)
+        return _make(node, inside, seed)
     try:
         return ast.literal_eval(node)
     except ValueError:

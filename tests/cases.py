@@ -4,15 +4,31 @@ Adding an algorithm is one file, one export line, one line here and one referenc
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from reference import adafactor, demo, diloco, feedback, lamb, masha, mkor, one_bit, optimizers, quantizers, sparsifiers
+from reference import (
+    adafactor,
+    asynchronous,
+    demo,
+    diloco,
+    federated_optimizers,
+    feedback,
+    lamb,
+    masha,
+    mkor,
+    one_bit,
+    optimizers,
+    quantizers,
+    sparsifiers,
+)
+from reference import aggregators as rules
+from reference import federated as rounds
 
-from gradwire import comm, optim
+from gradwire import comm, federated, optim
 from gradwire import compression as C
 
 
@@ -62,6 +78,55 @@ class FeedbackCase:
 
     feedback: comm.ErrorFeedback
     reference: Callable[..., Any]
+    errors: tuple[tuple[dict[str, Any], str], ...] = ()
+
+
+@dataclass(frozen=True)
+class AlgorithmCase:
+    """A federated algorithm, its float64 NumPy reference, and what its constructor must refuse.
+
+    Args:
+        algorithm: The instance under test.
+        reference: `(reference.federated.Run, **kwargs) -> x after every round`.
+        training: Further arguments of `LocalTraining`.
+        compress: What the algorithm's compressor does to rows, in NumPy, as in `CompressorCase.reference`.
+        everyone: Whether all clients must take part.
+        equal_steps: Whether all clients must take the same number of steps.
+        server_lr: Of the server.
+        errors: `(keyword arguments, regex)` pairs for which the class raises ValueError.
+    """
+
+    algorithm: federated.Algorithm
+    reference: Callable[..., Any]
+    training: dict[str, Any] = field(default_factory=dict)
+    compress: Callable[..., Any] | None = None
+    everyone: bool = False
+    equal_steps: bool = False
+    server_lr: float = 1.0
+    errors: tuple[tuple[dict[str, Any], str], ...] = ()
+
+
+@dataclass(frozen=True)
+class AggregatorCase:
+    """An aggregator, its float64 NumPy reference, and what holds for it.
+
+    Args:
+        aggregator: The instance under test; a test takes a copy.
+        reference: `(messages [n, d], weights [n]) -> [d]`, of a first round.
+        translates: Whether shifting all messages shifts the result.
+        scales: Whether scaling all messages, by a positive number, scales the result.
+        unordered: Whether the order of messages does not matter.
+        radius: How far, per diameter of honest messages, the result may be from their mean, whatever tolerated others
+            send; None where it is bounded in another way.
+        errors: `(keyword arguments, regex)` pairs for which the class raises ValueError.
+    """
+
+    aggregator: federated.Aggregator
+    reference: Callable[..., Any]
+    translates: bool = True
+    scales: bool = True
+    unordered: bool = True
+    radius: float | None = None
     errors: tuple[tuple[dict[str, Any], str], ...] = ()
 
 
@@ -752,4 +817,274 @@ COMMUNICATORS: list[CommunicatorCase] = [
     CommunicatorCase(
         "powersgd-newton-schulz", partial(comm.PowerSGD, 2, orthogonalization="newton_schulz"), composed=False
     ),
+]
+
+
+SERVER_OPTIMIZERS: list[OptimizerCase] = [
+    OptimizerCase(
+        federated.FedAdam,
+        {},
+        federated_optimizers.fedadam,
+        errors=(
+            ({"lr": -1.0}, r"FedAdam: expected 0 <= lr, got lr=-1\.0\."),
+            ({"betas": (0.9, 1.0)}, r"expected 0 <= betas\[1\] < 1, got betas\[1\]=1\.0"),
+            ({"tau": -1e-3}, r"expected 0 <= tau, got tau=-0\.001"),
+            ({"tau": 0.0}, r"FedAdam: expected tau >= 3\.7e-23, got tau=0\.0"),
+            ({"tau": 1e-4, "state_dtype": torch.float16}, r"expected tau >= 2\.4e-04, got tau=0\.0001"),
+        ),
+    ),
+    OptimizerCase(federated.FedAdam, {"betas": (0.5, 0.9), "tau": 0.1}, federated_optimizers.fedadam),
+    OptimizerCase(
+        federated.FedYogi,
+        {},
+        federated_optimizers.fedyogi,
+        errors=(
+            ({"lr": float("nan")}, "FedYogi: expected 0 <= lr, got lr=nan"),
+            ({"betas": 0.9}, "expected a pair betas"),
+            ({"tau": 0.0}, r"FedYogi: expected tau >= 3\.7e-23, got tau=0\.0"),
+        ),
+    ),
+    OptimizerCase(
+        federated.FedAdagrad,
+        {},
+        federated_optimizers.fedadagrad,
+        errors=(
+            ({"lr": -1.0}, "FedAdagrad: expected 0 <= lr"),
+            ({"beta1": 1.0}, r"FedAdagrad: expected 0 <= beta1 < 1, got beta1=1\.0"),
+            ({"tau": 0.0}, r"FedAdagrad: expected tau >= 3\.7e-23, got tau=0\.0"),
+        ),
+        rosenbrock_lr=0.2,
+    ),
+    OptimizerCase(federated.FedAdagrad, {"beta1": 0.9, "tau": 0.1}, federated_optimizers.fedadagrad, rosenbrock_lr=0.2),
+]
+
+
+def _odd(client: int, num_examples: int) -> float:
+    return 1.0 + client % 3
+
+
+_RANDOM_1_OF_4 = C.RandomK(k=1, chunk=4)
+
+ALGORITHMS: list[AlgorithmCase] = [
+    AlgorithmCase(federated.FedAvg(), rounds.fedavg),
+    AlgorithmCase(federated.FedAvg(weighting="uniform"), rounds.fedavg, {"momentum": 0.9}, server_lr=0.7),
+    AlgorithmCase(federated.FedAvg(weighting=_odd), rounds.fedavg),
+    AlgorithmCase(
+        federated.FedProx(mu=0.5),
+        partial(rounds.fedavg, mu=0.5),
+        errors=(({"mu": -1.0}, r"FedProx: expected mu >= 0, got mu=-1\.0"), ({"mu": float("nan")}, "got mu=nan")),
+    ),
+    AlgorithmCase(federated.FedProx(mu=0.5, weighting="uniform"), partial(rounds.fedavg, mu=0.5), {"momentum": 0.9}),
+    AlgorithmCase(
+        federated.FisherAveraging(),
+        partial(rules.fisher_averaging, exact=False),
+        errors=(
+            ({"max_examples": 0}, "FisherAveraging: expected max_examples >= 1, got max_examples=0"),
+            ({"floor": -1.0}, r"expected floor >= 0, got floor=-1\.0"),
+            ({"distribution": "poisson"}, "expected distribution categorical or gaussian, got 'poisson'"),
+        ),
+    ),
+    AlgorithmCase(
+        federated.FisherAveraging(
+            outputs=lambda model, a, b: a.sqrt() * model.x, distribution="gaussian", floor=0.5, weighting="uniform"
+        ),
+        partial(rules.fisher_averaging, exact=True, floor=0.5),
+        {"momentum": 0.5},
+    ),
+    AlgorithmCase(
+        federated.FisherAveraging(normalize=True, max_examples=5),
+        partial(rules.fisher_averaging, exact=False, normalize=True),
+        server_lr=0.7,
+    ),
+    AlgorithmCase(
+        federated.SCAFFOLD(),
+        rounds.scaffold,
+        errors=(
+            (
+                {"form": "short"},
+                "SCAFFOLD: expected form 'textbook', 'one variable' or 'zero overhead', got form='short'",
+            ),
+            ({"option": "III"}, "expected option 'I' or 'II', got option='III'"),
+            ({"form": "one variable", "option": "I"}, "Use form='textbook'"),
+            ({"form": "zero overhead", "sum_gradients": True}, "got option='II', sum_gradients=True"),
+            ({"option": "I", "sum_gradients": True}, "expected option='II' with sum_gradients"),
+        ),
+    ),
+    AlgorithmCase(federated.SCAFFOLD(weighting="samples"), rounds.scaffold, server_lr=0.7),
+    AlgorithmCase(federated.SCAFFOLD(option="I"), partial(rounds.scaffold, option="I"), {"momentum": 0.5}),
+    AlgorithmCase(federated.SCAFFOLD(sum_gradients=True), rounds.scaffold),
+    AlgorithmCase(federated.SCAFFOLD(sum_gradients=True), rounds.scaffold, {"momentum": 0.9}),
+    AlgorithmCase(federated.SCAFFOLD(form="one variable"), rounds.scaffold, equal_steps=True, server_lr=0.7),
+    AlgorithmCase(
+        federated.SCAFFOLD(form="one variable", weighting="samples"), rounds.scaffold, equal_steps=True, everyone=True
+    ),
+    AlgorithmCase(federated.SCAFFOLD(form="zero overhead"), rounds.scaffold, equal_steps=True, everyone=True),
+    AlgorithmCase(
+        federated.SCAFFOLD(form="zero overhead", weighting="samples"), rounds.scaffold, equal_steps=True, everyone=True
+    ),
+    AlgorithmCase(
+        federated.FedNova(),
+        rounds.fednova,
+        errors=(({"mu": -1.0}, r"FedNova: expected mu >= 0, got mu=-1\.0"),),
+    ),
+    AlgorithmCase(federated.FedNova(weighting="uniform"), rounds.fednova, {"momentum": 0.9}, server_lr=0.7),
+    AlgorithmCase(federated.FedNova(mu=0.5), partial(rounds.fednova, mu=0.5)),
+    AlgorithmCase(
+        federated.FedDyn(alpha=0.5),
+        partial(rounds.feddyn, alpha=0.5),
+        errors=(
+            ({"alpha": 0.0}, r"FedDyn: expected alpha > 0, got alpha=0\.0"),
+            ({"max_norm": -1.0}, r"FedDyn: expected max_norm > 0, got max_norm=-1\.0"),
+        ),
+    ),
+    AlgorithmCase(federated.FedDyn(alpha=2.0, weighting="samples"), partial(rounds.feddyn, alpha=2.0)),
+    AlgorithmCase(federated.FedDyn(alpha=0.5, max_norm=0.1), partial(rounds.feddyn, alpha=0.5, max_norm=0.1)),
+    AlgorithmCase(
+        federated.SCALLION(_RANDOM_1_OF_4),
+        partial(rounds.scallion, alpha=0.1),
+        compress=partial(sparsifiers.random_k, k=1),
+        errors=(
+            ({"compressor": C.TopK(ratio=0.1)}, "SCALLION: expected an unbiased compressor that declares its omega"),
+            ({"compressor": C.RandomK(unbiased=False)}, "Set unbiased=True or stochastic=True"),
+            ({"alpha": 0.0}, r"expected 0 < alpha <= 1, got alpha=0\.0"),
+            ({"alpha": 1.5}, r"got alpha=1\.5"),
+        ),
+    ),
+    AlgorithmCase(
+        federated.SCALLION(_RANDOM_1_OF_4, alpha=0.25, damped=False, weighting="samples"),
+        partial(rounds.scallion, alpha=0.25, damped=False),
+        compress=partial(sparsifiers.random_k, k=1),
+        server_lr=0.7,
+    ),
+    AlgorithmCase(
+        federated.SCAFCOM(C.TopK(ratio=0.25)),
+        partial(rounds.scafcom, beta=0.2),
+        compress=partial(sparsifiers.top_k, ratio=0.25),
+        errors=(
+            ({"beta": 0.0}, r"SCAFCOM: expected 0 < beta <= 1, got beta=0\.0"),
+            ({"beta": 1.5}, r"got beta=1\.5"),
+            ({"compressor": C.TernGrad(clip=2.5)}, "expected a compressor that is a contraction or unbiased"),
+        ),
+    ),
+    AlgorithmCase(
+        federated.SCAFCOM(_RANDOM_1_OF_4, beta=0.9, weighting="samples"),
+        partial(rounds.scafcom, beta=0.9),
+        compress=partial(sparsifiers.random_k, k=1, unbiased=False),
+        server_lr=0.7,
+    ),
+]
+
+
+def _dealt(count: int) -> list[int]:
+    """The order in which `Bucketing(seed=3)` deals the messages of its first round."""
+    generator = torch.Generator().manual_seed(C.counter_rng.fold(3, "bucketing", 0))
+    return torch.randperm(count, generator=generator).tolist()
+
+
+_MEDIAN = federated.CoordinateMedian()
+
+AGGREGATORS: list[AggregatorCase] = [  # their suite: tests/test_federated_aggregators.py, with rounds of 11 messages
+    AggregatorCase(federated.WeightedMean(), rules.weighted_mean),
+    AggregatorCase(federated.WeightedMean(by_entry=True), rules.mean_by_entry),
+    AggregatorCase(_MEDIAN, rules.coordinate_median, radius=1.0),
+    AggregatorCase(
+        federated.TrimmedMean(beta=0.3),
+        partial(rules.trimmed_mean, beta=0.3),
+        radius=1.0,
+        errors=(
+            ({"beta": -0.1}, r"TrimmedMean: expected 0 <= beta < 0\.5, got beta=-0\.1"),
+            ({"beta": 0.5}, r"got beta=0\.5"),
+        ),
+    ),
+    AggregatorCase(
+        federated.Krum(byzantine=4),
+        partial(rules.krum, f=4),
+        radius=4.5,  # 1 + sqrt(n)
+        errors=(({"byzantine": -1}, "Krum: expected byzantine >= 0, got byzantine=-1"),),
+    ),
+    AggregatorCase(
+        federated.MultiKrum(byzantine=3),
+        partial(rules.multi_krum, f=3),
+        radius=4.5,
+        errors=(
+            ({"byzantine": -1}, "MultiKrum: expected byzantine >= 0, got byzantine=-1"),
+            ({"m": 0}, "MultiKrum: expected m >= 1, got m=0"),
+        ),
+    ),
+    AggregatorCase(federated.MultiKrum(byzantine=4, m=3), partial(rules.multi_krum, f=4, m=3), radius=4.5),
+    AggregatorCase(
+        federated.Bulyan(byzantine=2),
+        partial(rules.bulyan, f=2),
+        radius=2.0,
+        errors=(({"byzantine": -1}, "Bulyan: expected byzantine >= 0, got byzantine=-1"),),
+    ),
+    AggregatorCase(federated.Bulyan(byzantine=1), partial(rules.bulyan, f=1), radius=2.0),
+    AggregatorCase(
+        federated.GeometricMedian(iterations=4, tolerance=0.0),
+        partial(rules.geometric_median, iterations=4),
+        errors=(
+            ({"iterations": 0}, "GeometricMedian: expected iterations >= 1, got iterations=0"),
+            ({"nu": 0.0}, r"expected nu > 0, got nu=0\.0"),
+            ({"tolerance": -1.0}, r"expected tolerance >= 0, got tolerance=-1\.0"),
+        ),
+    ),
+    AggregatorCase(
+        federated.GeometricMedian(iterations=300, tolerance=1e-14),
+        partial(rules.geometric_median, iterations=300),
+        radius=12.0,  # 2 (n - f) / (n - 2 f)
+    ),
+    AggregatorCase(
+        federated.NormClipping(max_norm=2.0),
+        partial(rules.norm_clipping, max_norm=2.0),
+        translates=False,
+        scales=False,
+        errors=(({"max_norm": 0.0}, r"NormClipping: expected max_norm > 0, got max_norm=0\.0"),),
+    ),
+    AggregatorCase(
+        federated.NormClipping(2.0, federated.CoordinateMedian()),
+        partial(rules.norm_clipping, max_norm=2.0, then=rules.coordinate_median),
+        translates=False,
+        scales=False,
+    ),
+    AggregatorCase(
+        federated.CenteredClipping(tau=2.0, iterations=3),
+        partial(rules.centered_clipping, tau=2.0, iterations=3),
+        translates=False,
+        scales=False,
+        errors=(
+            ({"tau": 0.0}, r"CenteredClipping: expected tau > 0, got tau=0\.0"),
+            ({"iterations": 0}, "expected iterations >= 1, got iterations=0"),
+        ),
+    ),
+    AggregatorCase(
+        federated.Bucketing(_MEDIAN, s=2, seed=3),
+        partial(rules.bucketing, s=2, then=rules.coordinate_median, order=_dealt),
+        unordered=False,
+        radius=1.0,
+        errors=(({"s": 0}, "Bucketing: expected s >= 1, got s=0"),),
+    ),
+    AggregatorCase(
+        federated.Bucketing(federated.Krum(byzantine=1), s=2, seed=3),
+        partial(rules.bucketing, s=2, then=partial(rules.krum, f=1), order=_dealt),
+        unordered=False,
+        radius=4.5,
+    ),
+    AggregatorCase(
+        federated.TIES(),
+        partial(rules.ties, density=0.2),
+        translates=False,
+        errors=(
+            ({"density": 0.0}, r"TIES: expected 0 < density <= 1, got density=0\.0"),
+            ({"density": 1.5}, r"got density=1\.5"),
+            ({"lamb": 0.0}, r"expected lamb > 0, got lamb=0\.0"),
+        ),
+    ),
+    AggregatorCase(federated.TIES(density=1.0, lamb=0.8), partial(rules.ties, density=1.0, lamb=0.8), translates=False),
+]
+
+ASYNCHRONOUS: list[tuple[type, Callable[..., Any]]] = [  # their suite: tests/test_federated_async.py
+    (federated.AsyncFedAvg, asynchronous.Asynchronous),
+    (federated.FedAsync, asynchronous.Asynchronous),
+    (federated.FedBuff, asynchronous.Asynchronous),
+    (federated.FedFix, asynchronous.Asynchronous),
 ]

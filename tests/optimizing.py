@@ -4,14 +4,16 @@ from typing import Any
 
 import pytest
 import torch
-from cases import OPTIMIZERS, OptimizerCase
+from cases import OPTIMIZERS, SERVER_OPTIMIZERS, OptimizerCase
 from torch import Tensor, nn
 
 SHAPES = [(6, 5), (5,), (4, 3, 3, 3), (2, 6, 7), ()]
 
-every_case = pytest.mark.parametrize("case", OPTIMIZERS, ids=lambda case: f"{case.cls.__name__}-{case.kwargs}")
+CASES = OPTIMIZERS + SERVER_OPTIMIZERS
+
+every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.cls.__name__}-{case.kwargs}")
 every_class = pytest.mark.parametrize(
-    "case", list({case.cls: case for case in reversed(OPTIMIZERS)}.values()), ids=lambda case: case.cls.__name__
+    "case", list({case.cls: case for case in reversed(CASES)}.values()), ids=lambda case: case.cls.__name__
 )
 eager = pytest.mark.parametrize("foreach", [False, True], ids=["loop", "foreach"])
 

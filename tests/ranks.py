@@ -15,7 +15,7 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
-_PRELOAD = ["torch", "torch.distributed", "torch.nn.parallel", "gradwire.comm", "gradwire.optim"]
+_PRELOAD = ["torch", "torch.distributed", "torch.nn.parallel", "gradwire.comm", "gradwire.optim", "gradwire.federated"]
 _context = mp.get_context("forkserver")
 _context.set_forkserver_preload(_PRELOAD)
 

@@ -13,7 +13,7 @@ import cases
 import pytest
 import torch
 
-from gradwire import comm, compression, optim
+from gradwire import comm, compression, federated, optim
 from gradwire.optim.masha import MASHA
 
 
@@ -75,8 +75,32 @@ FAMILIES = [
         list(cases.OUTER_LOOPS),
         ("Args:", "Cost:", "State:", "Example:", "Reference:"),
     ),
+    Family(
+        federated,
+        federated.Algorithm,
+        [(type(case.algorithm), case.reference) for case in cases.ALGORITHMS],
+        ("Args:", "Shapes:", "Cost:", "State:", "Example:", "Reference:"),
+    ),
+    Family(
+        federated,
+        federated.AsyncPolicy,
+        list(cases.ASYNCHRONOUS),
+        ("Args:", "Cost:", "State:", "Example:", "Reference:"),
+    ),
+    Family(
+        federated,
+        federated.Aggregator,
+        [(type(case.aggregator), case.reference) for case in cases.AGGREGATORS],
+        ("Args:", "Shapes:", "Cost:", "State:", "Example:", "Reference:"),
+    ),
+    Family(
+        federated,
+        optim.Optimizer,
+        [(case.cls, case.reference) for case in cases.SERVER_OPTIMIZERS],
+        ("Args:", "Shapes:", "Cost:", "State:", "Example:", "Reference:"),
+    ),
 ]
-PACKAGES = [compression, comm, optim]  # their examples are executed
+PACKAGES = [compression, comm, optim, federated]  # their examples are executed
 
 every_class = pytest.mark.parametrize(
     ("family", "cls"),

@@ -18,11 +18,11 @@ KEEPERS: list[dict[str, Any]] = [{"stochastic_rounding": True}, {"kahan_sum": Tr
 def test_small_updates_are_not_lost(case: OptimizerCase, keeper: dict[str, Any], dtype: torch.dtype) -> None:
     """Steps of less than half a unit in the last place: rounding to nearest loses all of them."""
     lr = 2e-5 if dtype == torch.float16 else 1e-4
-    start = torch.full((64, 64), 1.5)
+    start = torch.full((128, 128), 1.5)
     exact, lost, kept = (nn.Parameter(start.clone().to(d)) for d in (torch.float64, dtype, dtype))
     optimizers = [make(case, [exact], lr=lr), make(case, [lost], lr=lr), make(case, [kept], lr=lr, **keeper)]
     for _ in range(40):
-        gradient = (torch.rand(64, 64) + 0.5).to(dtype)
+        gradient = (torch.rand(128, 128) + 0.5).to(dtype)
         for p, optimizer in zip((exact, lost, kept), optimizers, strict=True):
             p.grad = gradient.to(p.dtype)
             optimizer.step()

@@ -5,13 +5,13 @@ from typing import Any
 
 import pytest
 import torch
-from cases import OPTIMIZERS, OptimizerCase
-from optimizing import assert_equal, clones, eager, every_class, make, parameters, train
+from cases import OptimizerCase
+from optimizing import CASES, assert_equal, clones, eager, every_class, make, parameters, train
 from torch import Tensor, nn
 
 
 @pytest.mark.parametrize(
-    ("case", "kwargs", "message"), [(case, *error) for case in OPTIMIZERS for error in case.errors], ids=str
+    ("case", "kwargs", "message"), [(case, *error) for case in CASES for error in case.errors], ids=str
 )
 def test_refuses(case: OptimizerCase, kwargs: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):

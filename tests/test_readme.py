@@ -21,13 +21,14 @@ from typing import Any
 import pytest
 import torch
 
-from gradwire import comm, compression, optim
+from gradwire import comm, compression, federated, optim
 from gradwire.bench import specs
 from gradwire.comm.planner_rehearsal import Rehearsal, rehearse
 
 README = Path(__file__).parent.parent / "README.md"
 _SHORT = {
     "gradwire train": " --steps 2 --layers 1 --width 32 --heads 2 --context 32 --batch 2",
+    "gradwire federate": " --data text --rounds 2 --local-steps 1 --clients 6 --cohort 2",
     "gradwire plan": " --parameters 100k --tokens 64 --methods Cast 'ChunkTopK + EF'",
     "gradwire bench compression": " --numel 65536 --no-fused",
     "gradwire bench optim": " --quick --no-fused --no-rivals",
@@ -114,6 +115,16 @@ def test_table_of_optimizers_is_complete() -> None:
     assert sorted(named) == sorted(cls.__name__ for cls in classes)
 
 
+def test_tables_of_federated_classes_are_complete() -> None:
+    for header, base in (("| algorithm |", federated.Algorithm), ("| aggregator |", federated.Aggregator)):
+        table = README.read_text().partition(header)[2].partition("\n\n")[0]
+        named = {
+            name for row in re.findall(r"^\| ([^|]+) \|", table, flags=re.MULTILINE) for name in row.split("`")[1::2]
+        }
+        classes = {cls for cls in vars(federated).values() if isinstance(cls, type) and issubclass(cls, base)}
+        assert named == {cls.__name__ for cls in classes if not inspect.isabstract(cls)}
+
+
 def test_table_of_compressors_adds_up() -> None:
     table = README.read_text().partition("| compressor |")[2].partition("\n\n")[0]
     rows = re.findall(r"^\| `(.+?)` \| ([\d.]+) \| ", table, flags=re.MULTILINE)
@@ -193,7 +204,7 @@ _MEASURED = re.compile(rf"{_NUMBER} ?(?:%|\u00d7|{_UNIT})|\bfactors? of {_NUMBER
 
 def _prose() -> str:
     """The README without what reports fill in, code, links' targets and numbers of bytes in tables, checked above."""
-    text = re.sub(r"<!-- results:(\w+) -->.*?<!-- /results:\1 -->", "", README.read_text(), flags=re.DOTALL)
+    text = re.sub(r"<!-- results:([\w-]+) -->.*?<!-- /results:\1 -->", "", README.read_text(), flags=re.DOTALL)
     text = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
     text = re.sub(r"`[^`\n]*`|\]\([^)]*\)|<[^>]*>", "", text)
     return re.sub(r"^\| *\|[^|]*\|", "", text, flags=re.MULTILINE)

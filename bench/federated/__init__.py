@@ -1,0 +1,1 @@
+"""`gradwire bench federated`: simulations of federated training, their speed and their accuracy."""

@@ -1,0 +1,93 @@
+"""`FedAdagrad`: Adagrad as a server's optimizer, as published."""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, Unpack, final
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from gradwire.federated.fedadam import adapted_step_, check_tau, full_like
+from gradwire.optim.base import Optimizer
+from gradwire.optim.checks import check_lr, check_range
+from gradwire.optim.kernels import Scalars
+from gradwire.optim.options import Options
+from gradwire.optim.shards import Shards
+
+
+@final
+class FedAdagrad(Optimizer):
+    """Adagrad with a momentum, whose sum of squares starts at tau^2.
+
+        m <- beta1 m + (1 - beta1) g,  v <- v + g^2,  x <- x - lr m / (sqrt(v) + tau)
+
+    g is the pseudo-gradient. tau says from which size on coordinates are normalised: below it a step is lr m / tau.
+
+    Args:
+        params: Tensors, `(name, tensor)` pairs or groups of them.
+        lr: Step size, >= 0; a number or a 0-d tensor.
+        beta1: Decay rate of the first moment, in [0, 1); the authors use 0.
+        tau: Degree of adaptivity, > 0.
+        options: How it runs: `foreach`, `fused`, `maximize` and more, see `gradwire.optim.Options`.
+
+    Shapes:
+        Any, also empty and 0-d, in any memory layout.
+
+    Cost:
+        8 bytes of state per parameter.
+
+    State:
+        step: 0-d float32, per parameter. exp_avg, exp_avg_sq: m and v, in float32 or wider.
+
+    Example:
+        >>> x = torch.nn.Parameter(torch.zeros(2))
+        >>> optimizer = FedAdagrad([x], lr=0.1)
+        >>> x.grad = torch.tensor([0.1, -0.2])
+        >>> optimizer.step()
+        >>> x.data
+        tensor([-0.0990,  0.0995])
+
+    Reference:
+        Reddi, Charles, Zaheer, Garrett, Rush, Konečný, Kumar, McMahan. Adaptive Federated Optimization. ICLR 2021.
+        arXiv:2003.00295, algorithm 2.
+    """
+
+    elementwise: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 0.1,
+        beta1: float = 0.0,
+        tau: float = 1e-3,
+        **options: Unpack[Options],
+    ) -> None:
+        super().__init__(params, {"lr": lr, "beta1": beta1, "tau": tau}, options)
+
+    def check_group(self, group: Mapping[str, Any]) -> None:
+        """Check the ranges given above."""
+        check_lr("FedAdagrad", group["lr"])
+        check_range("FedAdagrad", "beta1", group["beta1"], below=1.0)
+        check_tau("FedAdagrad", group)
+
+    def init_state(self, param: Tensor, group: Mapping[str, Any]) -> dict[str, Tensor]:
+        """The first moment starts at zero, the sum of squares at tau^2."""
+        zeros = self.zeros_like(param, group)
+        return {"exp_avg": zeros, "exp_avg_sq": full_like(zeros, group["tau"] ** 2)}
+
+    def scalars(self, step: Tensor, sizes: Tensor, group: Mapping[str, Any]) -> Scalars:
+        """Nothing depends on the step."""
+        return {
+            "one_minus_beta1": 1 - group["beta1"],
+            "tau": torch.full_like(step, group["tau"]),
+            "lr": group["lr"],
+        }
+
+    @staticmethod
+    def update_(
+        params: list[Tensor], grads: list[Tensor], state: dict[str, list[Tensor]], scalars: Scalars, shards: Shards
+    ) -> None:
+        """One step of the equations above."""
+        torch._foreach_lerp_(state["exp_avg"], grads, scalars["one_minus_beta1"])
+        torch._foreach_addcmul_(state["exp_avg_sq"], grads, grads)
+        adapted_step_(params, state, scalars)

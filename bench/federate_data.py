@@ -70,7 +70,8 @@ class Task:
 
     def evaluate(self, module: nn.Module) -> dict[str, float]:
         """Mean loss and accuracy on what is held out."""
-        logits, targets = self.predict(module, *self.held_out)
+        device = next(module.parameters()).device
+        logits, targets = self.predict(module, *(tensor.to(device) for tensor in self.held_out))
         loss = F.cross_entropy(logits.flatten(0, -2), targets.flatten())
         return {"loss": float(loss), "accuracy": float((logits.argmax(-1) == targets).float().mean())}
 

@@ -8,6 +8,7 @@ from gradwire.bench.errors import UsageError
 from gradwire.bench.federate_data import Task
 from gradwire.bench.federate_method import Method
 from gradwire.bench.federate_options import Options
+from gradwire.bench.launch import local_device
 from gradwire.federated import AsyncSimulation, Engine, LocalTraining, Simulation
 from gradwire.federated.partition import Partition
 
@@ -47,7 +48,8 @@ def make(options: Options, task: Task, parts: Partition, where: Engine, state: P
         training = LocalTraining(
             lr=options.lr, epochs=options.epochs or 1, steps=options.local_steps, batch_size=options.batch or None
         )
-        start = (task.new_module(options.seed), task.clients(parts), method.algorithm(), training)
+        device = local_device()
+        start = (task.new_module(options.seed).to(device), task.clients(parts).to(device), method.algorithm(), training)
         policy = method.policy()
         if policy is not None:
             _check(options, method, where)

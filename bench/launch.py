@@ -10,6 +10,13 @@ from torch._C._distributed_c10d import HashStore
 from torch.distributed import distributed_c10d
 
 
+def local_device() -> torch.device:
+    """This process's GPU, by its number on this machine; the CPU where there is none."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+
+
 @contextlib.contextmanager
 def process_group() -> Iterator[torch.device]:
     """The default process group, NCCL and CUDA where there is a GPU, else gloo and CPU; yields this rank's device.
@@ -17,14 +24,10 @@ def process_group() -> Iterator[torch.device]:
     Without a launcher it is a group of one. On an error the group is left as it is: the launcher ends the other ranks,
     and waiting for them here could hang.
     """
-    alone = "WORLD_SIZE" not in os.environ
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    if torch.cuda.is_available():
-        device = torch.device("cuda", local_rank % torch.cuda.device_count())
+    alone, device, backend = "WORLD_SIZE" not in os.environ, local_device(), "gloo"
+    if device.type == "cuda":
         torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl"  # gloo beside it for what lives on the host, such as checkpoints
-    else:
-        device, backend = torch.device("cpu"), "gloo"
     if not alone and "OMP_NUM_THREADS" not in os.environ:
         # Ranks that share a machine would fight over its cores.
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))

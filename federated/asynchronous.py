@@ -27,6 +27,7 @@ from gradwire.federated.flat_model import FlatModel
 from gradwire.federated.link import Link
 from gradwire.federated.local_training import LocalTrainer, LocalTraining, Loss
 from gradwire.federated.participation_weights import ParticipationWeights
+from gradwire.federated.random_state import kept_random_state
 from gradwire.federated.round_record import RoundRecord
 from gradwire.federated.server import OptimizerFactory, Server
 from gradwire.federated.workload import bytes_up
@@ -185,7 +186,7 @@ class AsyncSimulation:
         """
         found = _Found()
         self._sum.zero_()
-        with torch.random.fork_rng(devices=[]):
+        with kept_random_state(self.model.vector.device):
             self._collect(found)
             self._update(found)
         self.rounds += 1

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from gradwire.compression import counter_rng
+from gradwire.federated.random_state import seed_modules
 
 BufferPolicy = Literal["mean", "pooled", "local", "server"]
 """What becomes of buffers, see `Buffers`."""
@@ -148,7 +149,8 @@ class Buffers:
             for counter, count in zip(self._counters, counters, strict=True):
                 counter.fill_(count)
         if isinstance(self.policy, Recalibrate):
-            torch.default_generator.manual_seed(counter_rng.fold(seed, "recalibrate", round))
+            key = counter_rng.fold(seed, "recalibrate", round)
+            seed_modules(key, self._all[0].device)
             self._recalibrate(self.policy)
         if mean is not None or isinstance(self.policy, Recalibrate):
             self._server = [value.clone() for value in self._all]

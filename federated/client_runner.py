@@ -16,6 +16,7 @@ from gradwire.federated.clients import Clients
 from gradwire.federated.flat_model import FlatModel
 from gradwire.federated.link import Link
 from gradwire.federated.local_training import LocalTrainer
+from gradwire.federated.random_state import seed_modules
 from gradwire.federated.vectorize import STACK, StackedTrainer, Vectorize
 
 SCALAR_BYTES = 8
@@ -246,7 +247,7 @@ class ClientRunner:
         state = self._state_of(client, start.device)
         training, algorithm = self.trainer.training, self.algorithm
         key = counter_rng.fold(self.seed, draw, client)
-        torch.default_generator.manual_seed(key)  # dropout and the like
+        seed_modules(key, start.device)
         generator = self._generator.manual_seed(key) if training.shuffle else None
         if self.buffers is not None:
             self.buffers.restore(state.get(Buffers.message))

@@ -27,6 +27,7 @@ from gradwire.federated.fit import check_parts
 from gradwire.federated.flat_model import FlatModel
 from gradwire.federated.link import Link
 from gradwire.federated.local_training import LocalTrainer, LocalTraining, Loss
+from gradwire.federated.random_state import kept_random_state
 from gradwire.federated.round_clock import RoundClock, RoundPlan, Stragglers
 from gradwire.federated.round_record import RoundRecord, Tally
 from gradwire.federated.server import OptimizerFactory, Server
@@ -210,7 +211,7 @@ class Simulation:
         present = [client for client in working if not self._drops_out(number, client)]
         down = self._beside_model + vector_bytes(self.runner, None if self.downlink is None else self.downlink.link)
         plan = self.clock.plan(self.runner, present, number, now=self.time, bytes_down=down, lost=present != working)
-        with torch.random.fork_rng(devices=[]):  # clients seed it for dropout
+        with kept_random_state(self.model.vector.device):
             tally = self._train(present, plan, number)
             self._update(tally, number)
         self.rounds += 1

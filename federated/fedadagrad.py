@@ -1,22 +1,19 @@
 """`FedAdagrad`: Adagrad as a server's optimizer, as published."""
 
-from collections.abc import Mapping
-from typing import Any, ClassVar, Unpack, final
+from typing import Unpack, final
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from gradwire.federated.fedadam import adapted_step_, check_tau, full_like
-from gradwire.optim.base import Optimizer
-from gradwire.optim.checks import check_lr, check_range
+from gradwire.federated.adaptive_server import AdaptiveServer, adapted_step_
 from gradwire.optim.kernels import Scalars
 from gradwire.optim.options import Options
 from gradwire.optim.shards import Shards
 
 
 @final
-class FedAdagrad(Optimizer):
+class FedAdagrad(AdaptiveServer):
     """Adagrad with a momentum, whose sum of squares starts at tau^2.
 
         m <- beta1 m + (1 - beta1) g,  v <- v + g^2,  x <- x - lr m / (sqrt(v) + tau)
@@ -52,8 +49,6 @@ class FedAdagrad(Optimizer):
         arXiv:2003.00295, algorithm 2.
     """
 
-    elementwise: ClassVar[bool] = True
-
     def __init__(
         self,
         params: ParamsT,
@@ -63,25 +58,6 @@ class FedAdagrad(Optimizer):
         **options: Unpack[Options],
     ) -> None:
         super().__init__(params, {"lr": lr, "beta1": beta1, "tau": tau}, options)
-
-    def check_group(self, group: Mapping[str, Any]) -> None:
-        """Check the ranges given above."""
-        check_lr("FedAdagrad", group["lr"])
-        check_range("FedAdagrad", "beta1", group["beta1"], below=1.0)
-        check_tau("FedAdagrad", group)
-
-    def init_state(self, param: Tensor, group: Mapping[str, Any]) -> dict[str, Tensor]:
-        """The first moment starts at zero, the sum of squares at tau^2."""
-        zeros = self.zeros_like(param, group)
-        return {"exp_avg": zeros, "exp_avg_sq": full_like(zeros, group["tau"] ** 2)}
-
-    def scalars(self, step: Tensor, sizes: Tensor, group: Mapping[str, Any]) -> Scalars:
-        """Nothing depends on the step."""
-        return {
-            "one_minus_beta1": 1 - group["beta1"],
-            "tau": torch.full_like(step, group["tau"]),
-            "lr": group["lr"],
-        }
 
     @staticmethod
     def update_(

@@ -1,22 +1,19 @@
 """`FedYogi`: Yogi as a server's optimizer, as published."""
 
-from collections.abc import Mapping
-from typing import Any, ClassVar, Unpack, final
+from typing import Unpack, final
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from gradwire.federated.fedadam import adapted_step_, check_tau, full_like
-from gradwire.optim.base import Optimizer
-from gradwire.optim.checks import check_betas, check_lr
+from gradwire.federated.adaptive_server import AdaptiveServer, adapted_step_
 from gradwire.optim.kernels import Scalars
 from gradwire.optim.options import Options
 from gradwire.optim.shards import Shards
 
 
 @final
-class FedYogi(Optimizer):
+class FedYogi(AdaptiveServer):
     """Yogi without bias correction, whose second moment starts at tau^2.
 
         m <- beta1 m + (1 - beta1) g,  v <- v - (1 - beta2) g^2 sign(v - g^2)
@@ -54,8 +51,6 @@ class FedYogi(Optimizer):
         arXiv:2003.00295, algorithm 2.
     """
 
-    elementwise: ClassVar[bool] = True
-
     def __init__(
         self,
         params: ParamsT,
@@ -65,27 +60,6 @@ class FedYogi(Optimizer):
         **options: Unpack[Options],
     ) -> None:
         super().__init__(params, {"lr": lr, "betas": betas, "tau": tau}, options)
-
-    def check_group(self, group: Mapping[str, Any]) -> None:
-        """Check the ranges given above."""
-        check_lr("FedYogi", group["lr"])
-        check_betas("FedYogi", group["betas"])
-        check_tau("FedYogi", group)
-
-    def init_state(self, param: Tensor, group: Mapping[str, Any]) -> dict[str, Tensor]:
-        """The first moment starts at zero, the second at tau^2."""
-        zeros = self.zeros_like(param, group)
-        return {"exp_avg": zeros, "exp_avg_sq": full_like(zeros, group["tau"] ** 2)}
-
-    def scalars(self, step: Tensor, sizes: Tensor, group: Mapping[str, Any]) -> Scalars:
-        """Nothing depends on the step."""
-        beta1, beta2 = group["betas"]
-        return {
-            "one_minus_beta1": 1 - beta1,
-            "one_minus_beta2": 1 - beta2,
-            "tau": torch.full_like(step, group["tau"]),
-            "lr": group["lr"],
-        }
 
     @staticmethod
     def update_(

@@ -1,6 +1,7 @@
 """`ClientRunner`: one client's part of a round, from what the server sent to what it gets back."""
 
 import math
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import final
@@ -193,7 +194,13 @@ class ClientRunner:
                 proximal=corrections[0].proximal,
                 sums_gradients=self.algorithm.needs_gradients,
             )
-        except Exception:  # one after the other, each raises what is its own
+        except Exception as error:  # one after the other, each raises what is its own
+            if self.vectorize is True:
+                warnings.warn(
+                    f"Simulation: clients of round {round} are trained one by one, since all at once raised "
+                    f"{type(error).__name__}: {error}",
+                    stacklevel=2,
+                )
             return None
         return [
             (

@@ -1,7 +1,6 @@
 """What `gradwire bench curvature` trains, and with which optimizers."""
 
 import hashlib
-import importlib
 import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
@@ -12,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from gradwire.bench import data
-from gradwire.bench.errors import UsageError
 from gradwire.bench.kfac import KFAC
 from gradwire.bench.model import ByteTransformer, nats_per_byte
 from gradwire.compression import counter_rng
@@ -196,14 +194,7 @@ def digits() -> tuple[Tensor, Tensor]:
     Raises:
         UsageError: It is not installed.
     """
-    try:
-        load_digits = importlib.import_module("sklearn.datasets").load_digits
-    except ImportError:
-        raise UsageError(
-            "bench curvature: expected scikit-learn for its digits, found none. Install it: pip install scikit-learn, "
-            "or choose --problems text."
-        ) from None
-    images = torch.tensor(load_digits().data, dtype=torch.float32) / 16
+    images, _ = data.digits("bench curvature", ", or choose --problems text")
     shuffled = images[torch.randperm(len(images), generator=torch.Generator().manual_seed(0))]
     return shuffled[: -Digits.HELD_OUT], shuffled[-Digits.HELD_OUT :]
 

@@ -1,6 +1,7 @@
-"""Text as bytes: the Python standard library's own source, or any files, and batches that depend on nothing else."""
+"""Text as bytes: the Python standard library's own source, or any files, and batches of it; and images of digits."""
 
 import hashlib
+import importlib
 import sysconfig
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -106,3 +107,23 @@ def python_files(root: Path) -> Iterator[Path]:
 
 def _tensor(texts: Sequence[bytes]) -> Tensor:
     return torch.frombuffer(bytearray(b"".join(texts)), dtype=torch.uint8)
+
+
+def digits(who: str, instead: str = "") -> tuple[Tensor, Tensor]:
+    """scikit-learn's images of digits, `[n, 64]` float32 in [0, 1], and what they show, `[n]` int64.
+
+    Args:
+        who: Asks, for the error.
+        instead: What can be done without them, for the error.
+
+    Raises:
+        UsageError: scikit-learn is not installed.
+    """
+    try:
+        load_digits = importlib.import_module("sklearn.datasets").load_digits
+    except ImportError:
+        raise UsageError(
+            f"{who}: expected scikit-learn for its digits, found none. Install it: pip install scikit-learn{instead}."
+        ) from None
+    found = load_digits()
+    return torch.tensor(found.data, dtype=torch.float32) / 16, torch.tensor(found.target, dtype=torch.int64)

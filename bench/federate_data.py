@@ -1,7 +1,6 @@
 """What `gradwire federate` trains on: scikit-learn's digits, the standard library by package, or a folder of files."""
 
 import ast
-import importlib
 import inspect
 import itertools
 import sysconfig
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from gradwire.bench.data import digits as digit_images
 from gradwire.bench.data import python_files
 from gradwire.bench.errors import UsageError
 from gradwire.bench.model import ByteTransformer, nats_per_byte
@@ -118,15 +118,7 @@ def digits() -> Task:
     Raises:
         UsageError: scikit-learn is not installed.
     """
-    try:
-        load_digits = importlib.import_module("sklearn.datasets").load_digits
-    except ImportError:
-        raise UsageError(
-            "federate: expected scikit-learn for its digits, found none. Install it: pip install "
-            "scikit-learn, or choose --data text."
-        ) from None
-    found = load_digits()
-    images, labels = torch.tensor(found.data, dtype=torch.float32) / 16, torch.tensor(found.target, dtype=torch.int64)
+    images, labels = digit_images("federate", ", or choose --data text")
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
     train, held_out = order[:-_HELD_OUT_IMAGES], order[-_HELD_OUT_IMAGES:]
     return Task(

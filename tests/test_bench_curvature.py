@@ -142,7 +142,7 @@ class _Sklearn(types.ModuleType):
     @staticmethod
     def load_digits() -> Any:
         images = np.random.default_rng(0).integers(0, 17, (400, 64)).astype(np.float64)
-        return types.SimpleNamespace(data=images)
+        return types.SimpleNamespace(data=images, target=np.arange(400) % 10)
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -2,7 +2,6 @@
 
 import functools
 import hashlib
-import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, final
@@ -11,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from gradwire.bench.errors import UsageError
+from gradwire.bench import data
 from gradwire.comm import EF
 from gradwire.compression import QSGD, Identity, TopK
 from gradwire.federated import (
@@ -90,15 +89,7 @@ def digits(seed: int) -> tuple[Tensor, Tensor]:
     Raises:
         UsageError: It is not installed.
     """
-    try:
-        load_digits = importlib.import_module("sklearn.datasets").load_digits
-    except ImportError:
-        raise UsageError(
-            "bench federated --accuracy: expected scikit-learn for its digits, found none. Install it: "
-            "pip install scikit-learn."
-        ) from None
-    found = load_digits()
-    images, labels = torch.tensor(found.data, dtype=torch.float32) / 16, torch.tensor(found.target)
+    images, labels = data.digits("bench federated --accuracy")
     order = torch.from_numpy(np.random.default_rng(seed).permutation(len(images)))
     return images[order], labels[order]
 

@@ -28,6 +28,7 @@ class TorchrunEngine:
     same wherever it runs. The result is that of one process: sums of float32 messages are taken in float64, where the
     order of adding them up matters to about one entry in 2^29, and numbers beside them are added up in cohort order.
     Since clients trained at once end equal up to rounding only, `vectorize="auto"` trains them one by one here.
+    Processes compared must have the same number of threads: some of torch's own kernels (BatchNorm) round by it.
 
     Args:
         backend: "gloo" or "nccl", if this is to initialise `torch.distributed`; by default NCCL where every process of

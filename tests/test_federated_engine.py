@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,15 @@ def _together(results: list[Any], case: str) -> tuple[Any, dict[int, str]]:
 def _serial(case: str, dtype: torch.dtype = torch.float32) -> tuple[Any, dict[int, str]]:
     simulation = runs.make(case, dtype)
     return runs.outcome(simulation, 3), runs.client_digests(simulation)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """As ranks have: torch's BatchNorm rounds otherwise on several threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module", params=[2, 3])
